@@ -1,0 +1,1 @@
+"""The pipelines built on kdcore: recommenders first."""

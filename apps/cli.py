@@ -1,0 +1,121 @@
+"""The one command: ``kd``. Wings are imported only when they are called, so help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from kdcore import __version__
+from kdcore.command_line import Parser, example, guarded
+
+# wing -> what it does; each has a module apps.<wing>.cli with main(words) and demo(folder)
+WINGS = {"recsys": "distil a top-N recommender and write its recommendations"}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run ``kd`` with the given words (default: the command line) and return the exit code."""
+    given = list(sys.argv[1:] if words is None else words)
+    return guarded(lambda: _main(given))
+
+
+def _main(words: list[str]) -> int:
+    if words and words[0] in WINGS:
+        return int(import_module(f"apps.{words[0]}.cli").main(words[1:]))
+    parser = Parser(
+        prog="kd",
+        description="kdsuite: big models teach small ones, and the small ones go to work.",
+        epilog=example("kd demo", "kd recsys run --recipe relaxed_ranking --data ml-100k --seeds 0,1,2"),
+    )
+    parser.add_argument("--version", action="version", version=f"kdsuite {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="run every wing (or one) on simulated data, in minutes, offline",
+        epilog=example("kd demo", "kd demo recsys --out runs/demo"),
+    )
+    demo.add_argument("wing", nargs="?", choices=sorted(WINGS), help="only this wing")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where runs go (default runs/demo)")
+    recipes = commands.add_parser("recipes", help="list the recipes of every wing", epilog=example("kd recipes"))
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    _add_data(commands)
+    report = commands.add_parser(
+        "report", help="write a run's report and print its table", epilog=example("kd report runs/demo/recsys")
+    )
+    report.add_argument("run", type=Path, help="the run directory")
+    for wing, what in WINGS.items():
+        commands.add_parser(wing, help=what, add_help=False)
+    args = parser.parse_args(words)
+    return {"demo": _demo, "recipes": _recipes, "data": _data, "report": _report}[args.command](args)
+
+
+def _add_data(commands: object) -> None:
+    data = commands.add_parser(  # type: ignore[attr-defined]
+        "data",
+        help="list public data sets, or prepare one",
+        epilog=example("kd data list", "kd data prepare ml-1m", "kd data prepare ml-1m --from ml-1m.zip"),
+    )
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
+    listing = verbs.add_parser("list", help="names, sizes and licences", epilog=example("kd data list"))
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    prepare = verbs.add_parser(
+        "prepare",
+        help="download (or take from --from), verify and convert to canonical Parquet",
+        epilog=example("kd data prepare ml-1m", "kd data prepare ml-1m --from ~/ml-1m.zip --out data/ml-1m"),
+    )
+    prepare.add_argument("name", help="a name of `kd data list`")
+    prepare.add_argument("--from", dest="source", type=Path, help="a local archive or folder instead of the network")
+    prepare.add_argument("--out", type=Path, help="the canonical folder (default data/NAME)")
+
+
+def _demo(args: object) -> int:
+    wings = [args.wing] if args.wing else list(WINGS)  # type: ignore[attr-defined]
+    for wing in wings:
+        import_module(f"apps.{wing}.cli").demo(args.out / wing)  # type: ignore[attr-defined]
+    return 0
+
+
+def _recipes(args: object) -> int:
+    rows = [
+        {"wing": wing, **recipe} for wing in WINGS for recipe in import_module(f"apps.{wing}.cli").describe_recipes()
+    ]
+    if args.json:  # type: ignore[attr-defined]
+        import json
+
+        print(json.dumps(rows, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("wing", "recipe", "what", "reference", box=None)
+    for row in rows:
+        table.add_row(row["wing"], row["recipe"], row["title"], row["reference"])
+    Console().print(table)
+    return 0
+
+
+def _data(args: object) -> int:
+    from data_scripts import catalogue
+
+    if args.verb == "list":  # type: ignore[attr-defined]
+        return catalogue.print_list(as_json=args.json)  # type: ignore[attr-defined]
+    name, out = args.name, args.out  # type: ignore[attr-defined]
+    folder = catalogue.prepare(name, out or Path("data") / name, source=args.source)  # type: ignore[attr-defined]
+    print(folder)
+    return 0
+
+
+def _report(args: object) -> int:
+    from rich.console import Console
+
+    from kdcore.report import read_run, run_table, write_report
+
+    path = write_report(args.run)  # type: ignore[attr-defined]
+    Console().print(run_table(read_run(args.run)))  # type: ignore[attr-defined]
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Top-N recommenders: a teacher's ranking distilled into a compact student."""

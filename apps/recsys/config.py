@@ -1,0 +1,135 @@
+"""The configuration of a recommender run: what a recipe file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from apps.recsys.distill import Optimization
+from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml
+from kdcore.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which interactions are read, and how."""
+
+    # a name (ml-100k), a file or a folder
+    path: str = ""
+    # canonical name -> name in the file, for CSV, Parquet and JSON lines
+    columns: dict[str, str] = field(default_factory=dict)
+    # ratings below this are dropped
+    min_rating: float | None = None
+    # users and items with fewer interactions are dropped, repeatedly; 0 keeps all
+    k_core: int = 0
+    # keep, first or last of a user's repeated interactions with an item
+    duplicates: str = "keep"
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How interactions are divided into training, validation and test."""
+
+    # leave_last_out, ratio, global_time or files
+    kind: str = "leave_last_out"
+    test: float = 0.2
+    valid: float = 0.08
+    # None: a ratio split is drawn anew for every seed of the run
+    seed: int | None = None
+    # the files of kind `files`
+    train_file: str | None = None
+    valid_file: str | None = None
+    test_file: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: its kind, its size, and how it is trained."""
+
+    kind: str = "mf"
+    options: dict[str, Any] = field(default_factory=dict)
+    optimization: Optimization = field(default_factory=Optimization)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    """A teacher; of kind `ensemble` it averages its members' standardised scores."""
+
+    kind: str = "ease"
+    members: list[ModelConfig] = field(default_factory=list)
+    # one weight a member; none: equal
+    weights: list[float] = field(default_factory=list)
+    # train one teacher with this seed for all students (its split must not vary); None: one teacher a seed
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class KnowledgeConfig:
+    """One way of teaching and how much it counts beside the student's own loss (weight 1)."""
+
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudentConfig(ModelConfig):
+    """The student, and what it has of its own when it learns without a teacher."""
+
+    # svd: start from the truncated SVD of the teacher's scores (the taught student only)
+    initialize: str = "random"
+    # what differs when the student learns alone: tuned by itself, with the same budget
+    alone: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecsysConfig:
+    """A whole run."""
+
+    recipe: str = "custom"
+    title: str = ""
+    reference: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    # knowledge name -> weight and options
+    knowledge: dict[str, KnowledgeConfig] = field(default_factory=dict)
+    # kind -> options of the baselines at the student's size: ials, svd, bpr
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: list[str] = field(
+        default_factory=lambda: [
+            *("ndcg@10", "recall@10", "hr@10", "mrr@10", "map@10", "precision@10"),
+            *("coverage@10", "novelty@10", "gini@10"),
+        ]
+    )
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("apps.recsys") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return a recipe's settings by name; an unknown name is a UserError with the nearest ones."""
+    if name not in recipe_names():
+        raise UserError(f"--recipe: unknown recipe {name!r}, {nearest(name, recipe_names())}")
+    with resources.as_file(resources.files("apps.recsys") / "recipes" / f"{name}.yaml") as file:
+        return read_yaml(file)
+
+
+def load_config(
+    *, recipe: str | None = None, file: str | Path | None = None, overrides: Sequence[tuple[str, str]] = ()
+) -> RecsysConfig:
+    """Return the configuration of a recipe or a file (one of them) with overrides applied and types checked."""
+    if (recipe is None) == (file is None):
+        raise UserError("wanted either --recipe NAME or --config FILE")
+    values = read_recipe(recipe) if recipe is not None else read_yaml(file or "")
+    source = f"recipe {recipe}" if recipe is not None else str(file)
+    return build(RecsysConfig, apply_overrides(values, overrides), source)

@@ -1,0 +1,1 @@
+"""Interaction data: formats on disk, the typed data set, histories and splits."""

@@ -1,0 +1,456 @@
+"""A recommender run from data to report: prepare, teach, distill, evaluate, export; every stage resumable.
+
+Stages are skipped when their output is there and belongs to this very configuration, so the same command after
+Ctrl-C or ``kill -9`` goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from apps.recsys import fitting
+from apps.recsys.config import ModelConfig, RecsysConfig
+from apps.recsys.data.dataset import Dataset, load_dataset
+from apps.recsys.data.splits import Split, from_files, global_time, leave_last_out, ratio
+from apps.recsys.data.store import find_data, write_canonical
+from apps.recsys.distill import Optimization
+from apps.recsys.evaluate import Evaluation, Evaluator, slices
+from apps.recsys.knowledge import KNOWLEDGE, Knowledge
+from apps.recsys.lessons import TeacherLessons, model_fingerprint
+from apps.recsys.models.base import DotRecommender, Recommender
+from apps.recsys.models.ensemble import Ensemble
+from apps.recsys.models.factors import MatrixFactorization
+from apps.recsys.models.linear import fit_svd
+from apps.recsys.models.options import build_options
+from apps.recsys.models.store import load_model, model_bytes, save_model
+from apps.recsys.topk import top_k
+from kdcore.config import UserError, build, nearest, read_yaml, resolved
+from kdcore.run import RunDirectory, fingerprint, metric_row, provenance, read_json, read_log, write_json, write_text
+from kdcore.teacher_cache import TeacherCache
+
+Announce = Callable[[str], None]
+BASELINES = ("ials", "svd", "bpr")
+_ROLES = ("teacher", "student_alone", "student")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fitted model of one seed: where it is and what it is."""
+
+    role: str
+    folder: Path
+    seed: int
+
+
+class Pipeline:
+    """Runs the stages of a configuration in a run directory."""
+
+    def __init__(self, config: RecsysConfig, out: str | os.PathLike[str], announce: Announce = lambda text: None):
+        self.config, self.announce = config, announce
+        self.run = RunDirectory.open(out)
+        _check(config)
+        self._splits: dict[int, Split] = {}
+        self._dataset: Dataset | None = None
+
+    @classmethod
+    def reopen(cls, out: str | os.PathLike[str], announce: Announce = lambda text: None) -> Pipeline:
+        """Return the pipeline of an existing run; UserError if there is none."""
+        file = Path(out) / "config.yaml"
+        if not file.exists():
+            raise UserError(f"{out}: no run here (config.yaml is missing)")
+        return cls(build(RecsysConfig, read_yaml(file), str(file)), out, announce)
+
+    # -- prepare ---------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Dataset:
+        """Read and check the data, keep a canonical copy in the run, and write configuration and provenance."""
+        if self._dataset is not None:
+            return self._dataset
+        self._claim()
+        folder = self.run.path / "data"
+        if (folder / "dataset.json").exists():
+            self._dataset = load_dataset(folder)
+        else:
+            self._dataset = self._read()
+            write_canonical(self._dataset, folder)
+        if not (self.run.path / "provenance.json").exists():
+            about = provenance(
+                seeds=self.config.seeds,
+                data={"name": self._dataset.name, "fingerprint": self._dataset.fingerprint},
+                simulated=self._simulated(),
+            )
+            write_json(self.run.path / "provenance.json", about)
+        return self._dataset
+
+    def _claim(self) -> None:
+        """Write the configuration, or refuse a folder that holds another run."""
+        mine = resolved(self.config)
+        theirs = self.run.read_config()
+        if theirs is None:
+            self.run.write_config(mine)
+        elif fingerprint(theirs) != fingerprint(mine):
+            changed = ", ".join(_differences(theirs, mine)[:5])
+            raise UserError(f"{self.run.path}: holds a run with other settings ({changed}); choose another --out")
+
+    def _read(self) -> Dataset:
+        data, split = self.config.data, self.config.split
+        if split.kind == "files":
+            return self._from_files()[0]
+        path = find_data(data.path)
+        self.announce(f"reading {data.path}")
+        return load_dataset(
+            path,
+            columns=data.columns or None,
+            min_rating=data.min_rating,
+            k_core=data.k_core,
+            duplicates=data.duplicates,
+            skip_bad=data.skip_bad,
+            name=Path(data.path).name,
+        )
+
+    def _from_files(self) -> tuple[Dataset, Split]:
+        split, data = self.config.split, self.config.data
+        files = (split.train_file, split.valid_file, split.test_file)
+        if None in files:
+            raise UserError("split.kind files: wanted --train FILE --valid FILE --test FILE, all three")
+        return from_files(*map(str, files), columns=data.columns or None, skip_bad=data.skip_bad)
+
+    def _simulated(self) -> bool:
+        if self.config.split.kind == "files":
+            return False
+        file = find_data(self.config.data.path) / "dataset.json"
+        return bool(file.exists() and read_json(file).get("simulated"))
+
+    def split(self, seed: int) -> Split:
+        """Return the split of a seed; only a ratio split depends on it."""
+        dataset, config = self.prepare(), self.config.split
+        if config.kind != "ratio":
+            seed = 0
+        elif config.seed is not None:
+            seed = config.seed
+        if seed not in self._splits:
+            if config.kind == "leave_last_out":
+                self._splits[seed] = leave_last_out(dataset)
+            elif config.kind == "ratio":
+                self._splits[seed] = ratio(dataset, config.test, config.valid, seed)
+            elif config.kind == "global_time":
+                self._splits[seed] = global_time(dataset, config.test, config.valid)
+            else:
+                self._splits[seed] = self._from_files()[1]
+        return self._splits[seed]
+
+    # -- teach and distill -----------------------------------------------------------------------------------------
+
+    def teach(self, seed: int) -> Recommender:
+        """Fit the teacher of a seed, or load it."""
+        config = self.config.teacher
+        own = seed if config.seed is None else config.seed
+        key = self._key("teacher", own, resolved(config))
+        return self._fit("teacher", own, key, config, self._folder("teacher", own))
+
+    def distill(self, seed: int) -> None:
+        """Fit the baselines, the student alone and the taught student of a seed."""
+        for kind, options in self.config.baselines.items():
+            self._baseline(kind, options, seed)
+        self._student_alone(seed)
+        self._student(seed)
+
+    def _baseline(self, kind: str, options: dict[str, Any], seed: int) -> None:
+        folder = self._folder(f"baselines/{kind}", seed)
+        student = self.config.student
+        dimension = student.options.get("dimension", 8)
+        if kind == "svd":
+            teacher = self.teach(seed)
+            key = self._key("svd", seed, {"dimension": dimension, "teacher": model_fingerprint(teacher)})
+            split = self.split(seed)
+            self._keep(folder, key, lambda: _timed(lambda: fit_svd(teacher, split.train, dimension, seed)))
+            return
+        if kind == "ials":
+            config = ModelConfig("ials", {"dimension": dimension, **options}, trainer=student.trainer)
+        else:
+            optimization = build(Optimization, {"loss": "bpr", **options}, "baselines.bpr")
+            config = ModelConfig("mf", {"dimension": dimension}, optimization, student.trainer)
+        self._fit("baseline", seed, self._key(kind, seed, resolved(config)), config, folder)
+
+    def _student_alone(self, seed: int) -> None:
+        config = alone_config(self.config)
+        key = self._key("student_alone", seed, resolved(config))
+        self._fit("student_alone", seed, key, config, self._folder("student_alone", seed))
+
+    def _student(self, seed: int) -> None:
+        config, folder = self.config.student, self._folder("student", seed)
+        teacher = self.teach(seed)
+        settings = {
+            "student": resolved(config),
+            "knowledge": {name: resolved(each) for name, each in self.config.knowledge.items()},
+            "teacher": model_fingerprint(teacher),
+        }
+        key = self._key("student", seed, settings)
+        if _belongs(folder, key):
+            return
+        split = self.split(seed)
+        student = fitting.new_model(config, split, seed)
+        if config.initialize == "svd":
+            _start_from(student, fit_svd(teacher, split.train, student.encode().item.shape[1], seed))
+        lessons = self.lessons(teacher, split, student, seed)
+        knowledge = {
+            name: (each.weight, _knowledge(name, each.options, lessons))
+            for name, each in self.config.knowledge.items()
+        }
+        self._fit("student", seed, key, config, folder, student=student, knowledge=knowledge)
+
+    def lessons(self, teacher: Recommender, split: Split, student: DotRecommender, seed: int) -> TeacherLessons:
+        """Return what the teacher of a seed can be asked, cached in the run."""
+        sequential = student.sequential
+        return TeacherLessons(
+            teacher,
+            split.train,
+            TeacherCache(self._root(seed if self.config.teacher.seed is None else None) / "teacher_cache"),
+            student_dimension=int(getattr(student.options, "dimension", 0)),
+            by_position=sequential,
+            context=int(getattr(student.options, "length", 50)),
+            progress=lambda what, done, total: self.announce(f"{what}: {done}/{total}"),
+        )
+
+    def _fit(self, role: str, seed: int, key: str, config: ModelConfig, folder: Path, **taught: Any) -> Recommender:
+        """Return the stored model of a cell, fitting and storing it if it is not there."""
+        split = self.split(seed)
+        checkpoints = self._root(seed if role != "teacher" or self.config.teacher.seed is None else None)
+        checkpoints = checkpoints / "checkpoints" / folder.name
+
+        def fit() -> fitting.Fitted:
+            self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind})")
+            name = f"{config.kind}-{config.options['dimension']}" if "dimension" in config.options else config.kind
+            evaluator = Evaluator(split, "valid", (config.trainer.monitor,))
+            return fitting.fit_model(
+                config,
+                split,
+                evaluator,
+                seed=seed,
+                folder=checkpoints,
+                key=key,
+                context={"role": role, "model": name, "seed": seed},
+                **taught,
+            )
+
+        return self._keep(folder, key, fit)
+
+    def _keep(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted]) -> Recommender:
+        """Return the model stored under ``key``, or fit and store it."""
+        if not _belongs(folder, key):
+            fitted = fit()
+            save_model(
+                fitted.model,
+                folder,
+                key=key,
+                train_seconds=round(fitted.seconds, 3),
+                train_cpu_seconds=round(fitted.cpu_seconds, 3),
+                epochs=fitted.epochs,
+            )
+        return load_model(folder)
+
+    def _key(self, role: str, seed: int, settings: dict[str, Any]) -> str:
+        return fingerprint(role, str(seed), self.split(seed).fingerprint, settings)
+
+    def _root(self, seed: int | None) -> Path:
+        return self.run.path / "seeds" / ("shared" if seed is None else str(seed))
+
+    def _folder(self, role: str, seed: int) -> Path:
+        shared = role == "teacher" and self.config.teacher.seed is not None
+        return self._root(None if shared else seed) / role
+
+    def cells(self, seed: int) -> list[Cell]:
+        """Return every model of a seed in the order of the report's table."""
+        cells = [Cell("teacher", self._folder("teacher", seed), seed)]
+        cells += [Cell("baseline", self._folder(f"baselines/{kind}", seed), seed) for kind in self.config.baselines]
+        cells += [Cell(role, self._folder(role, seed), seed) for role in ("student_alone", "student")]
+        return cells
+
+    # -- evaluate, deploy ------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Measure every model of every seed on validation and test; write metrics, slices and per-user values."""
+        rows, sliced = [], []
+        for seed in self.config.seeds:
+            split = self.split(seed)
+            for part in ("valid", "test"):
+                evaluator = Evaluator(split, part, self.config.metrics)
+                for cell in self.cells(seed):
+                    model = load_model(cell.folder)
+                    self.announce(f"seed {seed}: evaluating {model.label()} on {part}")
+                    evaluation = evaluator(model)
+                    evaluation.save(self._root(seed) / "evaluation" / f"{part}-{_cell_name(cell)}.npz")
+                    latency = latency_ms(model, split, part) if part == "test" else None
+                    rows.append(self._row(cell, model, part, evaluation, latency))
+                    if part == "test" and cell.role != "baseline":
+                        sliced += self._slices(cell, model, evaluation, split)
+        self.run.write_metrics(rows)
+        metric = next(name for name in self.config.metrics if not name.startswith(("coverage", "novelty", "gini")))
+        write_json(self.run.path / "slices.json", {"metric": metric, "slices": sliced})
+        self._gather_log()
+        return rows
+
+    def _row(
+        self, cell: Cell, model: Recommender, part: str, evaluation: Evaluation, latency: dict[str, float] | None
+    ) -> dict[str, Any]:
+        about = read_json(cell.folder / "model.json")
+        return metric_row(
+            domain="recsys",
+            recipe=self.config.recipe,
+            model=_model_name(cell, model),
+            role=cell.role,
+            seed=cell.seed,
+            split=part,
+            params=model.parameter_count(),
+            bytes=model_bytes(cell.folder),
+            metrics=evaluation.values,
+            latency_ms=latency,
+            train_seconds=about["train_seconds"],
+            train_cpu_seconds=about["train_cpu_seconds"],
+        )
+
+    def _slices(self, cell: Cell, model: Recommender, evaluation: Evaluation, split: Split) -> list[dict[str, Any]]:
+        about = {"role": cell.role, "model": _model_name(cell, model), "seed": cell.seed}
+        return [{**row, **about} for row in slices(evaluation, split)]
+
+    def _gather_log(self) -> None:
+        """Write the epochs of all models, in the order of the table, as the run's log."""
+        lines = []
+        for file in sorted(self.run.path.glob("seeds/*/checkpoints/**/log.jsonl")):
+            lines += read_log(file)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.run.path / "log.jsonl", text)
+
+    def deploy(self) -> int:
+        """Copy the models of the seed whose student validates best to the top of the run; return that seed."""
+        metric = self.config.student.trainer.monitor
+        rows = [row for row in self.run.read_metrics() if row["role"] == "student" and row["split"] == "valid"]
+        sign = 1.0 if self.config.student.trainer.mode == "max" else -1.0
+        best = max(rows, key=lambda row: sign * row["metrics"][metric])["seed"]
+        for role in _ROLES:
+            source, target = self._folder(role, best), self.run.path / role
+            if target.exists() and read_json(target / "model.json") == read_json(source / "model.json"):
+                continue
+            temporary = target.with_name(f".{role}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+        return int(best)
+
+    def run_all(self) -> list[dict[str, Any]]:
+        """Run every stage and write the report."""
+        self.prepare()
+        for seed in self.config.seeds:
+            self.teach(seed)
+            self.distill(seed)
+        rows = self.evaluate()
+        self.deploy()
+        return rows
+
+
+def alone_config(config: RecsysConfig) -> ModelConfig:
+    """Return how the student is trained without a teacher: as with one, but for what ``student.alone`` sets."""
+    student = config.student
+    plain = resolved(ModelConfig(student.kind, student.options, student.optimization, student.trainer))
+    for section, values in student.alone.items():
+        if section not in ("optimization", "options", "trainer") or not isinstance(values, dict):
+            raise UserError(f"student.alone: got {section!r}, wanted optimization, options or trainer with settings")
+        plain[section] = {**plain[section], **values}
+    return build(ModelConfig, plain, "student.alone")
+
+
+def latency_ms(model: Recommender, split: Split, part: str, users: int = 100) -> dict[str, float]:
+    """Return the time to rank all items for one user, median and 99th percentile in milliseconds."""
+    seen = split.history(part)
+    histories = seen if model.sequential else split.train
+    chosen = np.linspace(0, split.n_users - 1, users).astype(np.int64)
+    top_k(model, chosen[:5], 10, histories, seen)
+    times = []
+    for user in chosen:
+        start = time.perf_counter()
+        top_k(model, np.array([user]), 10, histories, seen)
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"p50": round(float(np.percentile(times, 50)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
+
+
+def _check(config: RecsysConfig) -> None:
+    """Refuse at once what would fail after hours."""
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds, at least one")
+    for kind in config.baselines:
+        if kind not in BASELINES:
+            raise UserError(f"baselines: got {kind!r}, {nearest(kind, BASELINES)}")
+    for name, each in config.knowledge.items():
+        if name not in KNOWLEDGE:
+            raise UserError(f"knowledge: got {name!r}, {nearest(name, KNOWLEDGE)}")
+        build_options(f"knowledge.{name}", KNOWLEDGE[name].options_type, each.options)
+    if config.split.kind not in ("leave_last_out", "ratio", "global_time", "files"):
+        wanted = nearest(config.split.kind, ("leave_last_out", "ratio", "global_time", "files"))
+        raise UserError(f"split.kind: got {config.split.kind!r}, {wanted}")
+    varies = config.split.kind == "ratio" and config.split.seed is None
+    if config.teacher.seed is not None and varies and len(config.seeds) > 1:
+        raise UserError("teacher.seed: one teacher for all seeds needs one split; set split.seed as well")
+    if config.student.initialize not in ("random", "svd"):
+        raise UserError(f"student.initialize: got {config.student.initialize!r}, wanted 'random' or 'svd'")
+    alone_config(config)
+    for model in (config.teacher, config.student, *config.teacher.members):
+        if model.kind not in fitting.KINDS:
+            raise UserError(f"model kind: got {model.kind!r}, {nearest(model.kind, fitting.KINDS)}")
+        if model.kind != Ensemble.kind:
+            fitting.model_options(model.kind, model.options)
+
+
+def _knowledge(name: str, options: dict[str, Any], lessons: TeacherLessons) -> Knowledge:
+    cls = KNOWLEDGE[name]
+    return cls(build_options(f"knowledge.{name}", cls.options_type, options), lessons)
+
+
+def _start_from(student: DotRecommender, factors: MatrixFactorization) -> None:
+    """Set a matrix factorisation's vectors to given ones."""
+    if not isinstance(student, MatrixFactorization):
+        raise UserError(f"student.initialize svd: wanted a student of kind mf, got {student.kind}")
+    with torch.no_grad():
+        student.user.copy_(factors.user)
+        student.item.copy_(factors.item)
+
+
+def _timed(fit: Callable[[], Recommender]) -> fitting.Fitted:
+    started = time.perf_counter(), time.process_time()
+    model = fit()
+    return fitting.Fitted(model, time.perf_counter() - started[0], time.process_time() - started[1])
+
+
+def _belongs(folder: Path, key: str) -> bool:
+    file = folder / "model.json"
+    return file.exists() and read_json(file).get("key") == key
+
+
+def _cell_name(cell: Cell) -> str:
+    return f"baseline-{cell.folder.name}" if cell.role == "baseline" else cell.role
+
+
+def _model_name(cell: Cell, model: Recommender) -> str:
+    """Return the model's label; a BPR baseline is named after its loss, its structure being the student's."""
+    return model.label().replace("mf-", "bpr-") if cell.folder.name == "bpr" else model.label()
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Return the dotted names at which two nested settings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            name
+            for key in {**a, **b}
+            for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if a == b else [path]

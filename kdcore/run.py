@@ -1,0 +1,241 @@
+"""The run directory: resolved configuration, provenance, metrics and log, all written atomically.
+
+A reader of a run never sees half a file: everything is written to a temporary sibling, flushed to disk and
+renamed. ``log.jsonl`` is the one file that grows; its readers ignore a torn last line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROLES = ("teacher", "student_alone", "student", "assistant", "baseline")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; rename it to ``path`` on success, remove it on failure.
+
+    The file is fsynced before the rename and the folder after it, so a crash leaves the old file or the new
+    one, never a part of either.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+        _fsync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON atomically, indented, keys in the order given; NaN is refused (it is not JSON)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def fingerprint(*parts: str | bytes | np.ndarray | Mapping[str, Any] | None) -> str:
+    """Return 16 hex digits of a SHA-256 over the parts: text, bytes, arrays (dtype and shape count) or mappings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            header = f"array:{part.dtype.str}:{part.shape}:".encode()
+            digest.update(header)
+            digest.update(np.ascontiguousarray(part).data)
+        elif isinstance(part, bytes):
+            digest.update(b"bytes:%d:" % len(part))
+            digest.update(part)
+        else:
+            text = json.dumps(part, sort_keys=True, default=str).encode()
+            digest.update(b"json:%d:" % len(text))
+            digest.update(text)
+    return digest.hexdigest()[:16]
+
+
+def provenance(**extra: Any) -> dict[str, Any]:
+    """Return what is needed to repeat a run: command, versions, commit, machine; ``extra`` is added as given."""
+    packages = ("kdsuite", "torch", "lightning", "numpy", "scipy", "pyarrow", "implicit", "torchrec")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions,
+        "commit": _git_commit(),
+        "machine": {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        **extra,
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code that runs, with ``+changes`` if the working tree differs; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+changes" if dirty else head
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: platform knows
+    return platform.processor()
+
+
+def metric_row(
+    *,
+    domain: str,
+    recipe: str,
+    model: str,
+    role: str,
+    seed: int,
+    split: str,
+    params: int,
+    bytes: int,
+    metrics: Mapping[str, float],
+    latency_ms: Mapping[str, float] | None = None,
+    train_seconds: float = 0.0,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Return one row of ``metrics.json``; ``role`` must be one of ``ROLES``."""
+    if role not in ROLES:
+        raise ValueError(f"role: got {role!r}, wanted one of {', '.join(ROLES)}")
+    return {
+        "domain": domain,
+        "recipe": recipe,
+        "model": model,
+        "role": role,
+        "seed": seed,
+        "split": split,
+        "params": int(params),
+        "bytes": int(bytes),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "latency_ms": dict(latency_ms) if latency_ms else {"p50": None, "p99": None},
+        "train_seconds": round(float(train_seconds), 3),
+        **extra,
+    }
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A folder that holds everything about one run; creating it is cheap and idempotent."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Create the folder if it is missing and return it."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the resolved configuration."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the resolved configuration of an earlier start of this run, or None."""
+        file = self.path / "config.yaml"
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write all rows of ``metrics.json``."""
+        write_json(self.path / "metrics.json", list(rows))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of ``metrics.json``, none if it is not there yet."""
+        file = self.path / "metrics.json"
+        return read_json(file) if file.exists() else []
+
+
+class EventLog:
+    """Appends JSON lines to ``log.jsonl``; on resume, events after the checkpoint's position are cut off.
+
+    A resumed run therefore reads like an uninterrupted one: no epoch stands in the log twice.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], context: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.context = dict(context or {})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event with the time and this log's context."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **self.context, **fields}, ensure_ascii=False)
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+    def position(self) -> int:
+        """Return the size of the log in bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def truncate(self, position: int) -> None:
+        """Cut the log back to ``position`` bytes."""
+        if self.position() > position:
+            os.truncate(self.path, position)
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the events of a log; a last line torn by a kill is left out."""
+    file = Path(path)
+    if not file.exists():
+        return []
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
