@@ -7,12 +7,14 @@ they leave the decompressor; what a header says about sizes is never trusted. A 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import unicodedata
@@ -27,8 +29,11 @@ from kdcore.config import UserError
 CHUNK = 1 << 20
 RATIO_FLOOR = 16 << 20  # bytes that are let through before the ratio counts: small text files compress well
 HEADER_ALLOWANCE = 4 << 20  # bytes of tar headers between two members; a long name needs a few hundred
-# zipfile raises RuntimeError for what it cannot decrypt and NotImplementedError for compression it does not know
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, RuntimeError, lzma.LZMAError)
+# zipfile raises RuntimeError for what it cannot decrypt or does not know, and others for headers that make no sense
+DAMAGED = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, struct.error, EOFError,
+    RuntimeError, UnicodeError, OverflowError,
+)  # fmt: skip
 
 
 class Readable(Protocol):
@@ -75,6 +80,10 @@ def extract(
             _unpack(archive, sink)
         except DAMAGED as error:
             raise UserError(f"{archive}: damaged or not supported: {error}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a seek to a place before the file; a full disk is another matter
+                raise
+            raise UserError(f"{archive}: damaged: a header points outside the file") from error
         os.chmod(temporary, 0o755)
         os.replace(temporary, folder)
     finally:
@@ -140,8 +149,9 @@ def _unpack_zip(archive: Path, sink: _Sink) -> None:
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise UserError(f"{archive}: member {name!r} is a link or a device")
-            path = sink.claim(name, is_file=not info.is_dir())
-            if info.is_dir():
+            is_folder = name.endswith("/")
+            path = sink.claim(name, is_file=not is_folder)
+            if is_folder:
                 sink.make_folder(path)
             elif sink.wants(path):
                 with opened.open(info) as stream:

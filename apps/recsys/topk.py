@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 from apps.recsys.data.histories import Histories
 from apps.recsys.models.base import DotRecommender, Recommender
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 128 << 20
 CHUNK = 64  # items summarised by their maximum; wide enough to skip most of the work, narrow enough to gather
-_PANEL = 8192  # most items in one matrix product: wider ones run slower on a CPU
 _MIN_ROWS = 16  # of a matrix product: BLAS kernels for fewer round the last bit otherwise, and near ties turn over
 _MIN_USERS = 128  # users in a block before items are blocked too: fewer would reread the item vectors too often
 _MAX_USERS = {False: 2048, True: 512}  # by Recommender.sequential: a sequence encoder keeps [users, T, D] tensors
@@ -177,13 +175,11 @@ class Search:
         block[:, : self.n_items] = scores
 
     def _fill_from_vectors(self, block: Tensor, vectors: Tensor, first: int, last: int) -> None:
-        n_panels = -(-(last - first) // _PANEL) if self.device.type == "cpu" else 1
-        edges = [first + (last - first) * index // n_panels for index in range(n_panels + 1)]
-        for start, stop in pairwise(edges):
-            out = block[:, start - first : stop - first]
-            torch.mm(vectors, self.item_vectors[start:stop].T, out=out)
-            if self.item_bias is not None:
-                out += self.item_bias[start:stop]
+        # One wide product: a product per cache-sized panel is no faster, and every one is a barrier for the threads.
+        out = block[:, : last - first]
+        torch.mm(vectors, self.item_vectors[first:last].T, out=out)
+        if self.item_bias is not None:
+            out += self.item_bias[first:last]
 
 
 def select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

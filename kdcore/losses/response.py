@@ -198,8 +198,8 @@ def sparse_soft_targets(
         column = items.masked_fill(~elements, classes)  # one column more than there are classes, cut off below
         items = items.masked_fill(~elements, 0)
     kept = log_q.new_zeros((len(log_q), classes + 1), dtype=torch.bool).scatter_(1, column, True)[:, :classes]
-    # Summed up, not 1 - the kept: it keeps its digits where the lump is small. The floor is finite for the gradient.
-    lump_q = torch.logsumexp(log_q.masked_fill(kept, torch.finfo(log_q.dtype).min / 4), 1, keepdim=True)
+    # Summed up, not 1 - the kept: it keeps its digits where the lump is small.
+    lump_q = torch.logsumexp(log_q.masked_fill(kept, -torch.inf), 1, keepdim=True)
     lump_p = (-torch.expm1(torch.logsumexp(log_p, 1, keepdim=True))).clamp(min=0).log()
     lump_p = lump_p.masked_fill(kept.all(1, keepdim=True), -torch.inf)  # rounding must not leave mass in no class
     losses = _kl(torch.cat([log_p, lump_p], 1), torch.cat([log_q.gather(1, items), lump_q], 1))

@@ -46,9 +46,7 @@ def test_matrix_is_binary_and_item_counts_are_not(pairs: list[tuple[int, int, in
 
 
 @given(PAIRS, PAIRS)
-def test_merge_appends_the_later_items(
-    first: list[tuple[int, int, int]], second: list[tuple[int, int, int]]
-) -> None:
+def test_merge_appends_the_later_items(first: list[tuple[int, int, int]], second: list[tuple[int, int, int]]) -> None:
     merged = build(first).merge(build(second))
     expected = [mine + theirs for mine, theirs in zip(as_lists(first), as_lists(second), strict=True)]
     assert [merged.of(user).tolist() for user in range(N_USERS)] == expected

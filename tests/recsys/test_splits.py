@@ -112,6 +112,7 @@ def test_leave_last_out_against_plain_python(rows: list[tuple[int, int, float]])
     short = 0
     for user in range(5):
         items = [item for who, item, _ in sorted(rows, key=lambda row: row[2]) if who == user]
+        expected: tuple[list[int], ...]
         if len(items) < 3:
             short += 1
             expected = (items, [], [])
@@ -139,7 +140,7 @@ def test_ratio_partitions_every_user_exactly(
     for user in range(5):
         everything = [item for who, item, _ in rows if who == user]
         parts = [getattr(split, part).of(user).tolist() for part in PARTS]
-        assert sorted(sum(parts, [])) == sorted(everything)
+        assert sorted(parts[0] + parts[1] + parts[2]) == sorted(everything)
         assert bool(parts[0]) == bool(everything)
         assert len(parts[2]) == min(round(test * len(everything)), max(len(everything) - 1, 0))
 

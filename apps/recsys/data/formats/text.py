@@ -266,8 +266,8 @@ def _quoted_record(lines: list[str], start: int, separator: str) -> tuple[list[s
 
     def following() -> Iterator[str]:
         nonlocal ran_out
-        for line in lines[start : start + _MOST_LINES]:
-            yield line + "\n"
+        for at in range(start, min(start + _MOST_LINES, len(lines))):
+            yield lines[at] + "\n"
         ran_out = True
 
     try:
