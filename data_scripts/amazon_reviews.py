@@ -247,7 +247,7 @@ def _write_batches(rows: Iterable[dict[str, Any]], schema: pa.Schema, target: Pa
 ENTRIES = tuple(
     Entry(
         name=family.name,
-        what=f"Amazon reviews of {family.year}, {what}; add :Category, one of {', '.join(CATEGORIES[family.year])}",
+        what=f"Amazon reviews of {family.year}, {what}; name a category, {family.name}:{CATEGORIES[family.year][-2]}",
         size=size,
         licence="no licence stated; collected from Amazon for research",
         citation=citation,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from data_scripts import amazon_reviews, lastfm, movielens, simulate_interactions
 from data_scripts.entry import Entry
@@ -37,6 +41,20 @@ def describe() -> list[dict[str, Any]]:
     """Return name, what, size, licence, citation, url and simulated of every data set."""
     fields = ("name", "what", "size", "licence", "citation", "url", "simulated")
     return [{field: getattr(entry, field) for field in fields} for entry in CATALOGUE.values()]
+
+
+def print_list(*, as_json: bool = False) -> int:
+    """Print the catalogue as a table, or as JSON for a program; return the exit code 0."""
+    rows = describe()
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return 0
+    table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True, style="bold")
+    for row in rows:
+        table.add_row(row["name"], f"{row['what']}\n{row['size']}\n{row['licence']}")
+    Console().print(table)
+    return 0
 
 
 def find(name: str) -> tuple[Entry, dict[str, Any]]:

@@ -4,7 +4,7 @@ The model, for user u, item i and time t in [0, 1]:
 
 * items belong to niches, niches to genres; ``v_i`` = genre direction + niche direction + noise, unit length;
 * ``u_t = (1 - drift t) u_0 + drift t u_1``: taste moves from one mixture of genres and niches towards another;
-* exposure: in sessions; with probability ``exposure_bias`` the session's niche is drawn from a softmax over what the
+* exposure: in visits; with probability ``exposure_bias`` a visit's niche is drawn from a softmax over what the
   older recommender believes the user likes (``u_0`` plus noise: it never learns of the drift), otherwise an item is
   drawn from all; items within a niche and over all follow Zipf's law with exponent ``popularity_bias``;
 * click: probability ``sigmoid(sharpness <u_t, v_i> + quality_i + intercept)``, the intercept set such that the mean
@@ -33,7 +33,7 @@ AGE_GROUPS = ("18-24", "25-34", "35-44", "45-54", "55-64", "65+")
 DEVICES = ("phone", "tablet", "television", "computer")
 EPOCH = 1_577_836_800  # 2020-01-01, where the simulated time begins
 SPAN = 2 * 365 * 86_400  # seconds: two years
-SESSION = 6  # exposures in a session
+VISIT = 6  # exposures in a visit
 EXPOSURES_PER_CLICK = 4.0  # exposures drawn, over those needed at the mean click rate; users differ in theirs
 MAX_EXPOSURES = 20_000  # of a user on average: a group of users is drawn at a time, and that is some 100 bytes each
 STREAM_ITEMS, STREAM_CALIBRATION, STREAM_USERS, STREAM_UNIFORM = range(4)
@@ -45,7 +45,7 @@ class Simulation:
 
     ``interactions_per_user`` mean clicks wanted (5 plus a log-normal, at most a third of the items; users who like
     little of what they are shown stay below); ``dimension`` of the latent factors; ``popularity_bias`` Zipf exponent
-    of exposure, 0 (items alike) to 5; ``exposure_bias`` share of sessions that the older recommender fills, 0 to 1;
+    of exposure, 0 (items alike) to 5; ``exposure_bias`` share of visits that the older recommender fills, 0 to 1;
     ``drift`` how far taste has moved at the end of the two simulated years, 0 to 1 (another taste); ``click_rate``
     mean click probability over the biased exposures; ``sharpness`` weight of taste in the log-odds of a click;
     ``uniform_fraction`` rows of the uniform log as a share of the interactions, or ``uniform_log_size`` their number;
@@ -242,10 +242,10 @@ def _exposures(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw what users are shown: user and item, int64 [n], and share of the time, float64 [n]; by user, then time.
 
-    ``count`` int64 [U] is rounded up to whole sessions. A session that the old recommender fills stays in one niche.
+    ``count`` int64 [U] is rounded up to whole visits. A visit that the old recommender fills stays in one niche.
     """
-    sessions = -(-count // SESSION)
-    owner = np.repeat(np.arange(len(sessions)), sessions)
+    visits = -(-count // VISIT)
+    owner = np.repeat(np.arange(len(visits)), visits)
     when = group.joined[owner] + (1.0 - group.joined[owner]) * rng.random(len(owner))
     when = when[np.lexsort((when, owner))]
     # the old recommender prefers niches near what it believes, among those it has ever seen sell
@@ -257,21 +257,21 @@ def _exposures(
     niche = niche.clip(0, climb.shape[1] - 1)
     recommended = rng.random(len(owner)) < settings.exposure_bias
 
-    user, niche, recommended = (np.repeat(column, SESSION) for column in (owner, niche, recommended))
-    position = np.tile(np.arange(SESSION), len(owner))
+    user, niche, recommended = (np.repeat(column, VISIT) for column in (owner, niche, recommended))
+    position = np.tile(np.arange(VISIT), len(owner))
     where = rng.random(len(user))
     last = settings.n_items - 1
     anything = np.searchsorted(world.all_cdf, where, side="right").clip(0, last)
     within = world.niche_items[np.searchsorted(world.niche_cdf, niche + where, side="right").clip(0, last)]
     item = np.where(recommended, within, anything)
-    return user, item, np.repeat(when, SESSION) + position * (45.0 / SPAN)
+    return user, item, np.repeat(when, VISIT) + position * (45.0 / SPAN)
 
 
 def calibrate(settings: Simulation, world: World) -> float:
     """Return the intercept that makes the mean click probability over exposures ``click_rate``, by bisection."""
     rng = random_stream(settings, STREAM_CALIBRATION)
     group = draw_group(settings, world, rng)
-    user, item, when = _exposures(settings, world, group, rng, np.full(GROUP, 20 * SESSION))
+    user, item, when = _exposures(settings, world, group, rng, np.full(GROUP, 20 * VISIT))
     odds = _log_odds(settings, world, group, user, item, when)
     low, high = -settings.sharpness - 50.0, settings.sharpness + 50.0
     for _ in range(60):
@@ -301,7 +301,7 @@ def draw_clicks(
     start = np.searchsorted(user[kept], np.arange(len(group.joined)))
     kept = kept[np.arange(len(kept)) - start[user[kept]] < group.interactions[user[kept]]]
     seconds = EPOCH + np.rint(when[kept] * SPAN).astype(np.int64)
-    order = np.lexsort((seconds, user[kept]))  # two sessions may overlap
+    order = np.lexsort((seconds, user[kept]))  # two visits may overlap
     kept, seconds = kept[order], seconds[order]
     columns = {"user_id": user[kept], "item_id": item[kept].astype(np.int64) + 1, "timestamp": seconds}
     if settings.ratings:

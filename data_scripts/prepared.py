@@ -58,10 +58,18 @@ def preparing(out: Path, record: Mapping[str, Any]) -> Iterator[tuple[Path, dict
     try:
         yield folder, details
         merged = {**(description(folder) or {}), **record, **details, "source_fingerprint": fingerprint(record)}
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _flush(path)  # before dataset.json calls the folder complete
         write_json(folder / DESCRIPTION, merged)
         _replace_folder(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def _replace_folder(folder: Path, out: Path) -> None:

@@ -37,12 +37,15 @@ def main(words: Sequence[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, what in _STAGES.items():
         _add_stage(verbs, verb, what)
+    _add_tune(verbs)
     _add_recommend(verbs)
     _add_export(verbs)
     _add_bench(verbs)
     args, rest = parser.parse_known_args(words)
     if args.verb in _STAGES:
         return _stage(args, split_overrides(rest))
+    if args.verb == "tune":
+        return _tune(args, split_overrides(rest))
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see kd recsys {args.verb} --help)")
     return {"recommend": _recommend, "export": _export, "bench": _bench}[args.verb](args)
@@ -71,6 +74,11 @@ def _add_stage(verbs: Any, verb: str, what: str) -> None:
             "--student.options.dimension 16",
         ),
     )
+    _add_source(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", help="a recipe of `kd recipes`")
     source.add_argument("--config", type=Path, help="a YAML file of the same form")
@@ -81,7 +89,29 @@ def _add_stage(verbs: Any, verb: str, what: str) -> None:
         parser.add_argument(f"--{part}", type=Path, help=f"your own {part} file (all three instead of --data)")
     parser.add_argument("--seeds", type=integers, help="one run a seed, such as 0,1,2")
     parser.add_argument("--out", type=Path, help="the run directory (default runs/RECIPE-DATA)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_tune(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "tune",
+        help="search hyperparameters of student, student alone and baselines, with one budget",
+        description="Search on validation with the first seed's split; writes OUT/tuned.yaml for `kd recsys run`.",
+        epilog=example(
+            "kd recsys tune --recipe relaxed_ranking --data ml-100k --trials 20 --out runs/tune",
+            "kd recsys run --config runs/tune/tuned.yaml --seeds 0,1,2,3,4 --out runs/tuned",
+        ),
+    )
+    _add_source(parser)
+    parser.add_argument("--trials", type=int, default=20, help="trials for each of them (default 20)")
+
+
+def _tune(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from apps.recsys.tune import Tuner
+
+    pipeline = _open(args, overrides)
+    Tuner(pipeline.config, pipeline.run.path, args.trials, pipeline.announce).tune()
+    print(pipeline.run.path / "tuned.yaml")
+    return 0
 
 
 def _settings(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from apps.recsys.distill import Optimization
 from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml
@@ -26,7 +26,7 @@ class DataConfig:
     # users and items with fewer interactions are dropped, repeatedly; 0 keeps all
     k_core: int = 0
     # keep, first or last of a user's repeated interactions with an item
-    duplicates: str = "keep"
+    duplicates: Literal["keep", "first", "last"] = "keep"
     skip_bad: bool = False
 
 

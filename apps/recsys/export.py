@@ -5,16 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
-from apps.recsys.data.dataset import Dataset
 from apps.recsys.models.base import DotRecommender
-from apps.recsys.recommend import all_histories, open_run
+from apps.recsys.recommend import open_run
 from kdcore.config import UserError
-from kdcore.run import fingerprint, read_json, write_json
 
 
 def export(run: Path, role: str, out: Path) -> Path:

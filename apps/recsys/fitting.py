@@ -104,9 +104,7 @@ def teaching_step(
         wanted = "cross_entropy" if sequential else "bpr or bce"
         raise UserError(f"optimization.loss: got {loss!r} for {config.kind}, wanted {wanted}")
     if isinstance(model, Sasrec):
-        return SequenceStep(
-            model, split.train, evaluator, config.optimization, knowledge, config.trainer.max_epochs
-        )
+        return SequenceStep(model, split.train, evaluator, config.optimization, knowledge, config.trainer.max_epochs)
     return InteractionStep(model, split.train, evaluator, config.optimization, knowledge, config.trainer.max_epochs)
 
 

@@ -60,10 +60,13 @@ class TeacherLessons:
         self._log_probabilities: dict[tuple[int, float], TeacherLists] = {}
 
     @cached_property
-    def _keys(self) -> dict[str, str]:
+    def _data_key(self) -> str:
         asked = f"positions of {self.context}" if self.by_position else "users"
-        data = fingerprint(self.train.indptr, self.train.items, asked)
-        return {"data": data, "teacher": model_fingerprint(self.teacher)}
+        return fingerprint(self.train.indptr, self.train.items, asked)
+
+    @cached_property
+    def _teacher_key(self) -> str:
+        return model_fingerprint(self.teacher)
 
     @cached_property
     def _seen(self) -> Membership:
@@ -110,7 +113,8 @@ class TeacherLessons:
                 return {"items": np.maximum(items, 0), "scores": scores}
 
             entry = self.cache.get_or_compute(
-                **self._keys,
+                data=self._data_key,
+                teacher=self._teacher_key,
                 kind=f"topk-{length}",
                 n_rows=self.n_queries,
                 fields={"items": ("int32", (length,)), "scores": ("float32", (length,))},
@@ -135,7 +139,8 @@ class TeacherLessons:
                 return {"items": items.numpy().astype(np.int32), "log_probs": kept.numpy()}
 
             entry = self.cache.get_or_compute(
-                **self._keys,
+                data=self._data_key,
+                teacher=self._teacher_key,
                 kind=f"log-probabilities-{length}-T{temperature:g}",
                 n_rows=self.n_queries,
                 fields={"items": ("int32", (length,)), "log_probs": ("float32", (length,))},
@@ -153,7 +158,8 @@ class TeacherLessons:
         """
         if length not in self._user_lists:
             entry = self.cache.get_or_compute(
-                **self._keys,
+                data=self._data_key,
+                teacher=self._teacher_key,
                 kind=f"users-topk-{length}",
                 n_rows=self.n_items,
                 fields={"items": ("int32", (length,)), "scores": ("float32", (length,))},
@@ -197,7 +203,8 @@ class TeacherLessons:
             return {"scores": self.teacher.scores(torch.from_numpy(users), histories).numpy()}
 
         return self.cache.get_or_compute(
-            **self._keys,
+            data=self._data_key,
+            teacher=self._teacher_key,
             kind="scores",
             n_rows=self.n_queries,
             fields={"scores": ("float32", (self.n_items,))},

@@ -198,16 +198,20 @@ class Pipeline:
         key = self._key("student", seed, settings)
         if _belongs(folder, key):
             return
-        split = self.split(seed)
-        student = fitting.new_model(config, split, seed)
-        if config.initialize == "svd":
+        student, knowledge = self.taught(seed, self.config)
+        self._fit("student", seed, key, config, folder, student=student, knowledge=knowledge)
+
+    def taught(self, seed: int, config: RecsysConfig) -> tuple[DotRecommender, dict[str, tuple[float, Knowledge]]]:
+        """Return a fresh student of ``config`` and the weighted knowledge the teacher of ``seed`` passes on to it."""
+        teacher, split = self.teach(seed), self.split(seed)
+        student = fitting.new_model(config.student, split, seed)
+        if config.student.initialize == "svd":
             _start_from(student, fit_svd(teacher, split.train, student.encode().item.shape[1], seed))
         lessons = self.lessons(teacher, split, student, seed)
         knowledge = {
-            name: (each.weight, _knowledge(name, each.options, lessons))
-            for name, each in self.config.knowledge.items()
+            name: (each.weight, _knowledge(name, each.options, lessons)) for name, each in config.knowledge.items()
         }
-        self._fit("student", seed, key, config, folder, student=student, knowledge=knowledge)
+        return student, knowledge
 
     def lessons(self, teacher: Recommender, split: Split, student: DotRecommender, seed: int) -> TeacherLessons:
         """Return what the teacher of a seed can be asked, cached in the run."""

@@ -64,9 +64,7 @@ def _schema(dataset: Dataset) -> pa.Schema:
     )
 
 
-def _tables(
-    dataset: Dataset, model: Recommender, users: np.ndarray, k: int, exclude_seen: bool
-) -> Iterator[pa.Table]:
+def _tables(dataset: Dataset, model: Recommender, users: np.ndarray, k: int, exclude_seen: bool) -> Iterator[pa.Table]:
     histories = all_histories(dataset)
     for start in range(0, len(users), _BLOCK_USERS):
         block = users[start : start + _BLOCK_USERS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 
 from data_scripts.download import Fetched, RangeDownloader, fetch, hash_file
 from kdcore.config import UserError
@@ -147,7 +149,7 @@ def test_a_part_longer_than_the_file_begins_anew(site: Site, tmp_path: Path) -> 
 
 def test_a_damaged_file_is_refused_and_not_kept(site: Site, tmp_path: Path) -> None:
     site.files["/data.bin"] = CONTENT[:-1] + b"!"
-    with pytest.raises(UserError, match="not what was expected.*--from PATH"):
+    with pytest.raises(UserError, match=r"not what was expected.*--from PATH"):
         get(site, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -167,7 +169,7 @@ def test_errors_of_the_server(site: Site, tmp_path: Path) -> None:
     site.statuses = [503, 429]
     assert get(site, tmp_path / "again").path.read_bytes() == CONTENT
     site.asked.clear()
-    with pytest.raises(UserError, match="404.*--from PATH"):
+    with pytest.raises(UserError, match=r"404.*--from PATH"):
         fetch(f"{site.url}/none.bin", MD5, tmp_path, downloader=QUICK)
     assert len(site.asked) == 1  # asking again would not help
 
@@ -176,7 +178,7 @@ def test_offline(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     port = server.server_port
     server.server_close()
-    with pytest.raises(UserError, match="refused.*--from PATH") as caught:
+    with pytest.raises(UserError, match=r"refused.*--from PATH") as caught:
         fetch(f"http://127.0.0.1:{port}/data.bin", MD5, tmp_path, downloader=QUICK)
     assert "\n" not in str(caught.value)
 
@@ -186,6 +188,14 @@ def test_too_long_a_file(site: Site, tmp_path: Path, length: bool) -> None:
     site.length = length
     with pytest.raises(UserError, match="limit of 1000"):
         get(site, tmp_path, downloader=RangeDownloader(backoff=0.0, max_bytes=1000))
+
+
+def test_encryption_is_not_given_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    response = requests.Response()
+    response.status_code, response.url, response.raw = 200, "http://example.invalid/data.bin", io.BytesIO(CONTENT)
+    monkeypatch.setattr(requests, "get", lambda *_, **__: response)
+    with pytest.raises(UserError, match="not encrypted"):
+        fetch("https://example.invalid/data.bin", MD5, tmp_path, downloader=QUICK)
 
 
 def test_first_use_is_remembered(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

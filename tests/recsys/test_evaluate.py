@@ -143,6 +143,15 @@ def test_an_evaluator_gives_the_same_again_and_sees_a_changed_model(split, model
     same(first, evaluate(model, split, "valid", ["ndcg@10"]))
 
 
+def test_the_end_of_a_short_list_is_not_a_hit():
+    user = np.arange(2)
+    parts = (Histories.from_pairs(user, np.full(2, item), 2, 4) for item in (0, 1, 3))  # to find: the last item
+    scores = torch.tensor([[0.0, 0.0, 1.0, -torch.inf], [0.0, 0.0, 1.0, 0.5]])
+    result = evaluate(Table(scores), make_split("short", *parts), metrics=["recall@4", "mrr@4"])
+    assert result.per_user["recall@4"].tolist() == [0.0, 1.0]
+    assert result.per_user["mrr@4"].tolist() == [0.0, 0.5]
+
+
 def test_a_subset_of_users_gets_the_same_values(split, model):
     whole = evaluate(model, split)
     some = evaluate(model, split, users=np.array([7, 1, 3]))

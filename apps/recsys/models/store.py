@@ -90,5 +90,3 @@ def _empty(description: dict[str, Any]) -> Recommender:
 def model_bytes(folder: str | Path) -> int:
     """Return the size of a stored model's weights in bytes."""
     return (Path(folder) / "model.safetensors").stat().st_size
-
-
