@@ -101,7 +101,7 @@ def _data(args: object) -> int:
     if args.verb == "list":  # type: ignore[attr-defined]
         return catalogue.print_list(as_json=args.json)  # type: ignore[attr-defined]
     name, out = args.name, args.out  # type: ignore[attr-defined]
-    folder = catalogue.prepare(name, out or Path("data") / name, source=args.source)  # type: ignore[attr-defined]
+    folder = catalogue.prepare(name, out or Path("data") / catalogue.folder_name(name), source=args.source)  # type: ignore[attr-defined]
     print(folder)
     return 0
 

@@ -269,7 +269,15 @@ ENTRIES = tuple(
         ),
     )
     for family, what, size in (
-        (Family(year, "5core"), "users and items with five reviews or more", "10 thousand to 27 million reviews"),
-        (Family(year, "ratings"), "all ratings", "100 thousand to 51 million ratings"),
+        (
+            Family(year, "5core"),
+            "users and items with five reviews or more",
+            {2014: "10 thousand to 9 million reviews", 2018: "3 thousand to 27 million reviews"}[year],
+        ),
+        (
+            Family(year, "ratings"),
+            "all ratings",
+            {2014: "500 thousand to 23 million ratings", 2018: "90 thousand to 51 million ratings"}[year],
+        ),
     )
 )

@@ -89,7 +89,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
     try:
-        namespace = parser.parse_object(dict(values))
+        namespace = parser.parse_object(_copy(values))  # a copy: jsonargparse writes into nested values
         return cls(**vars(parser.instantiate(namespace)))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{source}: {_one_line(error)}") from None

@@ -6,7 +6,8 @@ so one process, two processes and accumulated batches give the same gradient.
 
 Resume is exact on a CPU: batches are a function of seed and epoch, and everything else that moves (weights,
 optimiser, random state, early stopping) stands in the checkpoint. A run killed at any moment and started again ends
-with the same bits as one that was never killed.
+with the same bits as one that was never killed. One atomic rename decides between two checkpoints: the best weights
+stand in the checkpoint that first refers to them, and in a file of their own only after it.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kdcore.checkpoint import load_state, save_state
-from kdcore.progress import EpochProgress
+from kdcore import processes
+from kdcore.checkpoint import Checkpoints, random_states, set_random_state
+from kdcore.config import UserError
+from kdcore.progress import EpochProgress, stderr_console
 from kdcore.run import EventLog
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 
 Batch = dict[str, Tensor]
+Precision = Literal["32-true", "bf16-mixed"]
+Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,9 @@ class TrainerConfig:
     gradient_clip: float = 0.0
     # batches whose gradients are added up before one update
     accumulate: int = 1
-    # Fabric's names: 32-true, bf16-mixed, ...
-    precision: str = "32-true"
-    accelerator: str = "auto"
+    # Fabric's names; bf16-mixed keeps the weights in float32
+    precision: Precision = "32-true"
+    accelerator: Accelerator = "auto"
     # CPU threads; 0 leaves torch's choice
     threads: int = 0
     # at most this many seconds of work are lost when the process is killed
@@ -61,10 +67,12 @@ class TrainerConfig:
         for name in ("max_epochs", "validate_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}: got {getattr(self, name)}, wanted at least 1")
-        if self.mode not in ("max", "min"):
-            raise ValueError(f"trainer.mode: got {self.mode!r}, wanted 'max' or 'min'")
+        choices = {"mode": ("max", "min"), "precision": get_args(Precision), "accelerator": get_args(Accelerator)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"trainer.{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}")
         for name in ("patience", "gradient_clip", "threads", "checkpoint_seconds"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"trainer.{name}: got {getattr(self, name)}, wanted 0 or more")
 
 
@@ -137,20 +145,55 @@ class _Progress:
 
 
 def make_fabric(config: TrainerConfig) -> Fabric:
-    """Return a launched Fabric: one process, or as many as torchrun started (gloo on CPU, NCCL on GPUs)."""
+    """Return a launched Fabric: one process, or as many as torchrun started (gloo on CPU, NCCL on GPUs).
+
+    Raises UserError if the machine lacks what ``accelerator`` asks for.
+    """
     from lightning_fabric import Fabric
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=local,
-        num_nodes=nodes,
-        strategy="ddp" if local * nodes > 1 else "auto",
-        precision=config.precision,
-    )
-    fabric.launch()
+    world = processes.world_size()
+    processes.connect()
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=local,
+            num_nodes=world // local,
+            strategy="ddp" if world > 1 else "auto",
+            precision=config.precision,
+        )
+        fabric.launch()
+    except RuntimeError as error:  # Fabric's misconfigurations are RuntimeErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"trainer.accelerator {config.accelerator} with {local} processes: {reason}") from None
     return fabric
+
+
+@dataclass
+class _Training:
+    """What moves while a step is trained, and what watches it."""
+
+    step: TeachingStep
+    module: _FabricModule
+    optimizer: _FabricOptimizer
+    progress: _Progress
+    # where this start of the run began: (wall, CPU) clock minus what earlier starts took
+    began: tuple[float, float] = (0.0, 0.0)
+    # the student's best weights, and whether no checkpoint holds them yet
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_is_new: bool = False
+    last_save: float = field(default_factory=time.monotonic)
+    writer: Any = None
+
+    def start_clock(self) -> None:
+        """Count seconds on from those of earlier starts."""
+        result = self.progress.result
+        self.began = time.perf_counter() - result.seconds, time.process_time() - result.cpu_seconds
+
+    def read_clock(self) -> None:
+        """Note the seconds so far."""
+        result = self.progress.result
+        result.seconds, result.cpu_seconds = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
 
 
 class Trainer:
@@ -158,7 +201,7 @@ class Trainer:
 
     ``folder`` takes ``last.safetensors`` (everything needed to go on), ``best.safetensors`` (the student's best
     weights), ``log.jsonl`` (one line an epoch, with ``context`` in each) and TensorBoard's files. ``key`` names the
-    data, configuration and seed, so that a checkpoint of another run is never continued.
+    data, configuration and seed: a checkpoint of another key is never continued, it is thrown away with a notice.
     """
 
     def __init__(
@@ -175,59 +218,63 @@ class Trainer:
         self.config = config
         self.seed = seed
         self.folder = Path(folder) if folder is not None else None
-        self.key = key
+        self.checkpoints = Checkpoints(self.folder, key) if self.folder is not None else None
         self.log = EventLog(self.folder / "log.jsonl", context) if self.folder is not None else None
         self.fabric = fabric if fabric is not None else make_fabric(config)
         self.description = description
-        self._best: dict[str, Tensor] = {}
-        self._last_save = time.monotonic()
 
     def fit(self, step: TeachingStep) -> FitResult:
         """Train until the epochs or the patience run out; leave the best weights in ``step.student``.
 
-        Raises FloatingPointError, naming term and epoch, when a loss is no longer finite.
+        A run that is done already loads its best weights and trains no more.
+
+        Raises:
+            FloatingPointError: a loss, the gradient or the monitored metric is no longer finite; the text says which
+                and when.
+            UserError: the checkpoint is damaged or of another model, or ``monitor`` is no validation metric.
         """
+        threads = torch.get_num_threads()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
+        try:
+            return self._fit(step)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _fit(self, step: TeachingStep) -> FitResult:
         torch.manual_seed(self.seed + 7919 * self.fabric.global_rank)
-        progress = _Progress()
         module, optimizer = self.fabric.setup(step, step.optimizer())
-        self._resume(step, optimizer, progress)
-        started = time.perf_counter(), time.process_time()
-        before = progress.result.seconds, progress.result.cpu_seconds
-        writer = self._summary_writer()
-
-        def clock() -> None:
-            progress.result.seconds = before[0] + time.perf_counter() - started[0]
-            progress.result.cpu_seconds = before[1] + time.process_time() - started[1]
-
+        training = _Training(step, module, optimizer, _Progress())
+        self._resume(training)
+        progress, batches = training.progress, step.batch_count()
+        training.start_clock()
+        if not progress.done:
+            training.writer = self._summary_writer(progress.epoch)
         with EpochProgress(
-            self.description, self.config.max_epochs, step.batch_count(), enabled=self.fabric.is_global_zero
+            self.description,
+            self.config.max_epochs,
+            batches,
+            start=progress.epoch * batches + progress.batch,
+            enabled=self.fabric.is_global_zero,
         ) as bar:
             while not progress.done:
-                self._epoch(module, step, optimizer, progress, bar, clock)
-                clock()
-                self._finish_epoch(step, progress, bar, writer)
-                clock()
-                self._save(step, optimizer, progress, force=progress.done)
-        if writer is not None:
-            writer.close()
-        step.student.load_state_dict(self._best)
+                self._epoch(training, bar)
+                self._finish_epoch(training, bar)
+                # one broadcast an epoch: clocks differ, but every process must take part in a checkpoint, or none
+                due = self._due(training)
+                if progress.done or (self.fabric.broadcast(due) if self.fabric.world_size > 1 else due):
+                    self._save(training)
+        if training.writer is not None:
+            training.writer.close()
+        step.student.load_state_dict(training.best)
         return progress.result
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         """Return the generator of an epoch: the same for every process, independent of what ran before."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 2 + stream)
 
-    def _epoch(
-        self,
-        module: nn.Module,
-        step: TeachingStep,
-        optimizer: torch.optim.Optimizer,
-        progress: _Progress,
-        bar: EpochProgress,
-        clock: Any,
-    ) -> None:
+    def _epoch(self, training: _Training, bar: EpochProgress) -> None:
+        step, progress = training.step, training.progress
         if progress.batch == 0:
             step.train()
             step.begin_epoch(progress.epoch, self._generator(progress.epoch, 1))
@@ -238,27 +285,24 @@ class Trainer:
         bar.begin_epoch(progress.epoch, progress.batch)
         step.train()
         while group := list(islice(batches, self.config.accumulate)):
-            terms = self._update(module, step, optimizer, group)
+            terms, due = self._update(training, group)
             for name, value in terms.items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value * len(group)
             progress.batch += len(group)
             progress.result.steps += 1
             bar.advance(len(group), {name: total / progress.batch for name, total in progress.sums.items()})
-            if time.monotonic() - self._last_save >= self.config.checkpoint_seconds:
-                clock()
-                self._save(step, optimizer, progress)
+            if due:
+                self._save(training)
 
-    def _update(
-        self, module: nn.Module, step: TeachingStep, optimizer: torch.optim.Optimizer, group: list[Batch]
-    ) -> dict[str, float]:
-        """Make one update from a group of global batches and return the mean of every term."""
-        world = self.fabric.world_size
+    def _update(self, training: _Training, group: list[Batch]) -> tuple[dict[str, float], bool]:
+        """Make one update from a group of global batches; return the mean of every term and if a checkpoint is due."""
+        step, module, world = training.step, training.module, self.fabric.world_size
         totals: dict[str, int] = {}
         for batch in group:
             for name, count in step.counts(batch).items():
                 totals[name] = totals.get(name, 0) + count
         means: dict[str, Tensor] = {}
-        optimizer.zero_grad()
+        training.optimizer.zero_grad()
         for index, batch in enumerate(group):
             local = batch if world == 1 else step.shard(batch, self.fabric.global_rank, world)
             local = {name: rows.to(self.fabric.device) for name, rows in local.items()}
@@ -269,138 +313,157 @@ class Trainer:
                 loss = torch.stack([terms[name] * step.weights[name] for name in terms]).sum() * world
                 self.fabric.backward(loss)
             for name, value in terms.items():
-                means[name] = means.get(name, torch.zeros((), device=value.device)) + value.detach()
+                means[name] = means[name] + value.detach() if name in means else value.detach()
+        values, due = self._reduce(training, means)
+        where = f"in epoch {training.progress.epoch}, step {training.progress.result.steps}"
+        for name, number in values.items():
+            if not math.isfinite(number):
+                raise FloatingPointError(f"{self.description}: loss term {name!r} became {number} {where}")
         if self.config.gradient_clip:
-            self.fabric.clip_gradients(module, optimizer, max_norm=self.config.gradient_clip)
-        optimizer.step()
-        if world > 1:
-            means = {name: self.fabric.all_reduce(value, reduce_op="sum") for name, value in means.items()}
-        values = {name: float(value) for name, value in means.items()}
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(f"{self.description}: loss term {broken[0]!r} became {values[broken[0]]}")
-        return values
+            norm = self.fabric.clip_gradients(
+                module, training.optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
+            )
+            if norm is not None and not bool(torch.isfinite(norm)):
+                raise FloatingPointError(f"{self.description}: the gradient's norm became {float(norm)} {where}")
+        training.optimizer.step()
+        return values, due
 
-    def _finish_epoch(self, step: TeachingStep, progress: _Progress, bar: EpochProgress, writer: Any) -> None:
+    def _due(self, training: _Training) -> bool:
+        """Return whether the first process wants a checkpoint."""
+        waited = time.monotonic() - training.last_save
+        return self.folder is not None and self.fabric.is_global_zero and waited >= self.config.checkpoint_seconds
+
+    def _reduce(self, training: _Training, means: Mapping[str, Tensor]) -> tuple[dict[str, float], bool]:
+        """Add up the terms over all processes; the first one's wish for a checkpoint travels with them."""
+        values = list(means.values())
+        packed = torch.stack([*values, values[0].new_tensor(float(self._due(training)))])
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(packed)
+        *numbers, due = packed.tolist()
+        return dict(zip(means, numbers, strict=True)), bool(due)
+
+    def _finish_epoch(self, training: _Training, bar: EpochProgress) -> None:
         """Validate, keep the best weights, decide whether to stop, and write the log."""
-        config, result = self.config, progress.result
+        config, progress = self.config, training.progress
+        result = progress.result
         terms = {name: total / max(progress.batch, 1) for name, total in progress.sums.items()}
         progress.epoch += 1
         progress.batch = 0
         result.epochs = progress.epoch
         validation: dict[str, float] = {}
         if progress.epoch % config.validate_every == 0 or progress.epoch == config.max_epochs:
-            validation = self._validate(step)
-            if config.monitor not in validation:
-                raise ValueError(f"trainer.monitor: got {config.monitor!r}, wanted one of {', '.join(validation)}")
-            if self._better(validation[config.monitor], result.best_metrics):
+            validation = self._validate(training.step)
+            if self._better(validation, result.best_metrics):
                 result.best_metrics, result.best_epoch = validation, progress.epoch - 1
-                self._best = {name: value.detach().clone() for name, value in step.student.state_dict().items()}
+                weights = training.step.student.state_dict()
+                training.best = {name: value.detach().clone() for name, value in weights.items()}
+                training.best_is_new = True
                 progress.since_best = 0
             else:
                 progress.since_best += 1
         stopped = config.patience and progress.since_best >= config.patience
         progress.done = progress.epoch >= config.max_epochs or bool(stopped)
         bar.end_epoch(terms, validation, result.best_metrics.get(config.monitor))
+        self._record(training, terms, validation)
+
+    def _record(self, training: _Training, terms: Mapping[str, float], validation: Mapping[str, float]) -> None:
+        """Write an epoch to the log and to TensorBoard."""
+        progress = training.progress
         if self.log is not None and self.fabric.is_global_zero:
             self.log.write(
                 "epoch",
                 epoch=progress.epoch - 1,
-                step=result.steps,
+                step=progress.result.steps,
                 terms={name: round(value, 6) for name, value in terms.items()},
                 validation={name: round(value, 6) for name, value in validation.items()},
             )
             progress.log_position = self.log.position()
-        if writer is not None:
+        if training.writer is not None:
             for group, values in (("loss", terms), ("validation", validation)):
                 for name, value in values.items():
-                    writer.add_scalar(f"{group}/{name.replace('@', '_at_')}", value, progress.epoch - 1)
+                    training.writer.add_scalar(f"{group}/{name.replace('@', '_at_')}", value, progress.epoch - 1)
 
     def _validate(self, step: TeachingStep) -> dict[str, float]:
         """Validate on the first process and tell the others."""
-        metrics: dict[str, float] | None = None
+        metrics: dict[str, float] = {}
         if self.fabric.is_global_zero:
             step.eval()
             with torch.no_grad():
                 metrics = step.validate()
             step.train()
-        return self.fabric.broadcast(metrics) if self.fabric.world_size > 1 else metrics or {}
+        return self.fabric.broadcast(metrics) if self.fabric.world_size > 1 else metrics
 
-    def _better(self, value: float, best: Mapping[str, float]) -> bool:
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{self.description}: validation {self.config.monitor} became {value}")
+    def _better(self, metrics: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        monitor = self.config.monitor
+        if monitor not in metrics:
+            raise UserError(f"trainer.monitor: got {monitor!r}, wanted one of {', '.join(metrics)}")
+        if not math.isfinite(metrics[monitor]):
+            raise FloatingPointError(f"{self.description}: validation {monitor} became {metrics[monitor]}")
         if not best:
             return True
-        reference = best[self.config.monitor]
-        return value > reference if self.config.mode == "max" else value < reference
+        return metrics[monitor] > best[monitor] if self.config.mode == "max" else metrics[monitor] < best[monitor]
 
-    def _summary_writer(self) -> Any:
+    def _summary_writer(self, epoch: int) -> Any:
+        """Return TensorBoard's writer; what a killed start wrote about ``epoch`` and later is struck out."""
         if not (self.config.tensorboard and self.folder is not None and self.fabric.is_global_zero):
             return None
         from torch.utils.tensorboard import SummaryWriter  # seconds to import: only when it is asked for
 
-        return SummaryWriter(str(self.folder / "tensorboard"))
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
 
-    def _save(
-        self, step: TeachingStep, optimizer: torch.optim.Optimizer, progress: _Progress, force: bool = False
-    ) -> None:
-        """Write the best weights, then the state that refers to them."""
-        due = force or time.monotonic() - self._last_save >= self.config.checkpoint_seconds
-        if self.fabric.world_size > 1:
-            due = self.fabric.broadcast(due)  # clocks differ; every process must take part or none
-        if self.folder is None or not due:
+    def _save(self, training: _Training) -> None:
+        if self.checkpoints is None:
             return
-        random_state = _random_state(self.fabric)
+        random_state = random_states(self.fabric)
+        training.read_clock()
         if self.fabric.is_global_zero:
-            if self._best:
-                save_state(self.folder / "best.safetensors", {"epoch": progress.result.best_epoch, "model": self._best})
+            # what the state takes for written must be on disk before it
+            if self.log is not None:
+                self.log.sync()
+            if training.writer is not None:
+                training.writer.flush()
+            progress = training.progress
             state = {
-                "key": self.key,
                 "progress": {**vars(progress), "result": vars(progress.result)},
-                "module": step.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "module": training.step.state_dict(),
+                "optimizer": training.optimizer.state_dict(),
                 "random": random_state,
             }
-            save_state(self.folder / "last.safetensors", state)
-        self._last_save = time.monotonic()
+            self.checkpoints.save(state, training.best, progress.result.best_epoch, best_is_new=training.best_is_new)
+        training.best_is_new = False
+        training.last_save = time.monotonic()
         self.fabric.barrier()
 
-    def _resume(self, step: TeachingStep, optimizer: torch.optim.Optimizer, progress: _Progress) -> None:
+    def _resume(self, training: _Training) -> None:
         """Load the last checkpoint, if there is one of this very run, and cut the log back to it."""
-        file = self.folder / "last.safetensors" if self.folder is not None else None
-        state = load_state(file) if file is not None and file.exists() else None
-        if state is not None and state["key"] == self.key:
-            step.load_state_dict(state["module"])
-            optimizer.load_state_dict(state["optimizer"])
-            saved = dict(state["progress"])
-            progress.result = FitResult(**saved.pop("result"))
-            for name, value in saved.items():
-                setattr(progress, name, value)
-            if progress.result.best_epoch >= 0:
-                self._best = load_state(self.folder / "best.safetensors")["model"]  # type: ignore[operator]
-            _set_random_state(self.fabric, state["random"])
-        if self.log is not None and self.fabric.is_global_zero:
-            self.log.truncate(progress.log_position)
-
-
-def _random_state(fabric: Fabric) -> dict[str, Tensor]:
-    """Return the random states of all processes, one row each."""
-    state = {"cpu": torch.get_rng_state()}
-    if fabric.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(fabric.device)
-    if fabric.world_size == 1:
-        return {name: value[None] for name, value in state.items()}
-    gathered = {name: fabric.all_gather(value) for name, value in state.items()}
-    return {name: value.cpu() for name, value in gathered.items()}
-
-
-def _set_random_state(fabric: Fabric, state: Mapping[str, Tensor]) -> None:
-    """Restore this process's random state; with another number of processes there is none to restore."""
-    if len(state["cpu"]) != fabric.world_size:
-        return
-    torch.set_rng_state(state["cpu"][fabric.global_rank].contiguous())
-    if "cuda" in state and fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"][fabric.global_rank].contiguous(), fabric.device)
+        if self.checkpoints is None:
+            return
+        state = self.checkpoints.load()
+        if state is not None:
+            try:
+                training.step.load_state_dict(state["module"])
+                training.optimizer.load_state_dict(state["optimizer"])
+                saved = state["progress"]
+                training.progress = _Progress(**{**saved, "result": FitResult(**saved["result"])})
+                training.best = state["best"]["model"]
+                set_random_state(self.fabric, state["random"])
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{self.checkpoints.last}: a checkpoint of another model or version ({reason}); "
+                    "delete it to start again"
+                ) from None
+        self.fabric.barrier()  # all have read what the first may now take away
+        if self.fabric.is_global_zero:
+            if self.checkpoints.settle(state):
+                stderr_console().print(
+                    f"{self.checkpoints.last}: of other data or settings, thrown away; training starts again",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
+            if self.log is not None:
+                self.log.truncate(training.progress.log_position)
 
 
 def iterate_rows(order: Tensor, batch_size: int) -> Iterator[Tensor]:

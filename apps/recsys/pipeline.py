@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from apps.recsys import fitting
+from apps.recsys.compare import compare
 from apps.recsys.config import ModelConfig, RecsysConfig
 from apps.recsys.data.dataset import Dataset, load_dataset
 from apps.recsys.data.splits import Split, from_files, global_time, leave_last_out, ratio
@@ -285,6 +286,7 @@ class Pipeline:
     def evaluate(self) -> list[dict[str, Any]]:
         """Measure every model of every seed on validation and test; write metrics, slices and per-user values."""
         rows, sliced = [], []
+        tested: dict[tuple[str, str], list[Evaluation]] = {}
         for seed in self.config.seeds:
             split = self.split(seed)
             for part in ("valid", "test"):
@@ -296,13 +298,24 @@ class Pipeline:
                     evaluation.save(self._root(seed) / "evaluation" / f"{part}-{_cell_name(cell)}.npz")
                     latency = latency_ms(model, split, part) if part == "test" else None
                     rows.append(self._row(cell, model, part, evaluation, latency))
-                    if part == "test" and cell.role != "baseline":
-                        sliced += self._slices(cell, model, evaluation, split)
+                    if part == "test":
+                        tested.setdefault((cell.role, _model_name(cell, model)), []).append(evaluation)
+                        sliced += [] if cell.role == "baseline" else self._slices(cell, model, evaluation, split)
         self.run.write_metrics(rows)
         metric = next(name for name in self.config.metrics if not name.startswith(("coverage", "novelty", "gini")))
         write_json(self.run.path / "slices.json", {"metric": metric, "slices": sliced})
+        write_json(self.run.path / "comparisons.json", compare(tested, metric))
         self._gather_log()
         return rows
+
+    def evaluations(self, seed: int, part: str) -> list[tuple[str, str, Evaluation]]:
+        """Return (role, model name, stored evaluation) of every model of a seed."""
+        stored = []
+        for cell in self.cells(seed):
+            name = _model_name(cell, load_model(cell.folder))
+            file = self._root(seed) / "evaluation" / f"{part}-{_cell_name(cell)}.npz"
+            stored.append((cell.role, name, Evaluation.load(file)))
+        return stored
 
     def _row(
         self, cell: Cell, model: Recommender, part: str, evaluation: Evaluation, latency: dict[str, float] | None

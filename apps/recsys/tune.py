@@ -95,24 +95,27 @@ class Tuner:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        direction = "maximize" if self.config.student.trainer.mode == "max" else "minimize"
-        study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=self.seed))
+        study = optuna.create_study(
+            direction="maximize" if self.config.student.trainer.mode == "max" else "minimize",
+            sampler=optuna.samplers.TPESampler(seed=self.seed),
+        )
         file = self.out / "trials.jsonl"
         distributions = {path: _distribution(bounds) for path, bounds in space.items()}
-        for trial in read_log(file):
-            if trial["part"] == part and set(trial["values"]) == set(space):
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params=trial["values"], distributions=distributions, value=trial["score"]
-                    )
+        for done in read_log(file):
+            if done["part"] == part and set(done["values"]) == set(space):
+                known = optuna.trial.create_trial(
+                    params=done["values"], distributions=distributions, value=done["score"]
                 )
+                study.add_trial(known)
         while len(study.trials) < self.trials:
             trial = study.ask(distributions)
             value = score(dict(trial.params))
             study.tell(trial, value)
             with open(file, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"part": part, "values": trial.params, "score": value}) + "\n")
-            self.announce(f"{part}: trial {len(study.trials)} of {self.trials}: {value:.4f}, best {study.best_value:.4f}")
+            self.announce(
+                f"{part}: trial {len(study.trials)} of {self.trials}: {value:.4f}, best {study.best_value:.4f}"
+            )
         return dict(study.best_params)
 
     def _score(self, config: ModelConfig, **taught: Any) -> float:

@@ -112,7 +112,7 @@ class ItemRelaxedRankingOptions(RelaxedRankingOptions):
 class ItemRelaxedRanking(RelaxedRanking):
     """The same loss with the sides exchanged: an item ranks users (IR-RRD).
 
-    Reference: Kang et al., extended version of DE-RRD (Knowledge-Based Systems 2021).
+    Reference: Kang et al., Item-side ranking regularized distillation, Information Sciences 2021.
     """
 
     name = "item_relaxed_ranking"

@@ -79,17 +79,20 @@ class IalsOptions:
 def fit_ials(train: Histories, options: IalsOptions, seed: int, threads: int = 0) -> MatrixFactorization:
     """Factorise implicit feedback by ALS (Hu, Koren and Volinsky, 2008) with the ``implicit`` library."""
     from implicit.cpu.als import AlternatingLeastSquares
+    from threadpoolctl import threadpool_limits
 
-    model = AlternatingLeastSquares(
-        factors=options.dimension,
-        regularization=options.regularization,
-        alpha=options.alpha,
-        iterations=options.iterations,
-        random_state=seed,
-        num_threads=threads,
-        calculate_training_loss=False,
-    )
-    model.fit(train.matrix(), show_progress=False)
+    # implicit runs its own threads, one small solve each: BLAS threads inside them only get in the way
+    with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(
+            factors=options.dimension,
+            regularization=options.regularization,
+            alpha=options.alpha,
+            iterations=options.iterations,
+            random_state=seed,
+            num_threads=threads,
+            calculate_training_loss=False,
+        )
+        model.fit(train.matrix(), show_progress=False)
     fitted = MatrixFactorization.from_vectors(
         torch.from_numpy(np.asarray(model.user_factors)), torch.from_numpy(np.asarray(model.item_factors))
     )
