@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from kdcore import __version__
 from kdcore.command_line import Parser, example, guarded
@@ -50,8 +53,8 @@ def _main(words: list[str]) -> int:
     return {"demo": _demo, "recipes": _recipes, "data": _data, "report": _report}[args.command](args)
 
 
-def _add_data(commands: object) -> None:
-    data = commands.add_parser(  # type: ignore[attr-defined]
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser(
         "data",
         help="list public data sets, or prepare one",
         epilog=example("kd data list", "kd data prepare ml-1m", "kd data prepare ml-1m --from ml-1m.zip"),
@@ -69,20 +72,18 @@ def _add_data(commands: object) -> None:
     prepare.add_argument("--out", type=Path, help="the canonical folder (default data/NAME)")
 
 
-def _demo(args: object) -> int:
-    wings = [args.wing] if args.wing else list(WINGS)  # type: ignore[attr-defined]
+def _demo(args: argparse.Namespace) -> int:
+    wings = [args.wing] if args.wing else list(WINGS)
     for wing in wings:
-        import_module(f"apps.{wing}.cli").demo(args.out / wing)  # type: ignore[attr-defined]
+        import_module(f"apps.{wing}.cli").demo(args.out / wing)
     return 0
 
 
-def _recipes(args: object) -> int:
+def _recipes(args: argparse.Namespace) -> int:
     rows = [
         {"wing": wing, **recipe} for wing in WINGS for recipe in import_module(f"apps.{wing}.cli").describe_recipes()
     ]
-    if args.json:  # type: ignore[attr-defined]
-        import json
-
+    if args.json:
         print(json.dumps(rows, indent=2))
         return 0
     from rich.console import Console
@@ -95,24 +96,24 @@ def _recipes(args: object) -> int:
     return 0
 
 
-def _data(args: object) -> int:
+def _data(args: argparse.Namespace) -> int:
     from data_scripts import catalogue
 
-    if args.verb == "list":  # type: ignore[attr-defined]
-        return catalogue.print_list(as_json=args.json)  # type: ignore[attr-defined]
-    name, out = args.name, args.out  # type: ignore[attr-defined]
-    folder = catalogue.prepare(name, out or Path("data") / catalogue.folder_name(name), source=args.source)  # type: ignore[attr-defined]
+    if args.verb == "list":
+        return catalogue.print_list(as_json=args.json)
+    name, out = args.name, args.out
+    folder = catalogue.prepare(name, out or Path("data") / catalogue.folder_name(name), source=args.source)
     print(folder)
     return 0
 
 
-def _report(args: object) -> int:
+def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from kdcore.report import read_run, run_table, write_report
 
-    path = write_report(args.run)  # type: ignore[attr-defined]
-    Console().print(run_table(read_run(args.run)))  # type: ignore[attr-defined]
+    path = write_report(args.run)
+    Console().print(run_table(read_run(args.run)))
     print(path)
     return 0
 

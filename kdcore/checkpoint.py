@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdcore.config import UserError
-from kdcore.run import atomic_path
+from kdcore.run import atomic_path, remove_orphans
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -119,6 +119,8 @@ class Checkpoints:
         state = self._read(self.last)
         if state is None or state.get("key") != self.key:
             return None
+        if not isinstance(state.get("best"), dict):
+            raise UserError(f"{self.last}: a checkpoint of another version; delete it to start again")
         state["fresh"] = state["best"]["model"] is not None
         if not state["fresh"]:
             state["best"]["model"] = {} if state["best"]["epoch"] < 0 else self._best_of(state["best"]["epoch"])
@@ -126,6 +128,8 @@ class Checkpoints:
 
     def settle(self, state: Mapping[str, Any] | None) -> bool:
         """Leave the folder holding what ``load`` returned and nothing else; return whether another run's files went."""
+        for file in (self.last, self.best):
+            remove_orphans(file)
         if state is not None:
             if state["fresh"]:  # the start that wrote it may have been killed before the second file
                 self._save_best(state["best"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from kdcore.config import UserError
+from kdcore.config import UserError, nearest
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -22,6 +23,15 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         super().__init__(*args, **options)
 
+    def options(self) -> list[str]:
+        """Return the options this parser knows, such as ``--out``."""
+        return sorted(name for name in self._option_string_actions if name.startswith("--"))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is not one of the choices, naming the nearest instead of all."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"got {value!r}, {nearest(str(value), map(str, action.choices))}")
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2."""
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -32,21 +42,32 @@ def example(*lines: str) -> str:
     return "example" + ("s" if len(lines) > 1 else "") + ":\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def split_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Return ``--a.b value`` and ``--a.b=value`` words as (path, text); anything else is a UserError."""
+def split_overrides(words: Sequence[str], known: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return ``--a.b value`` and ``--a.b=value`` words as (path, text); anything else is a UserError.
+
+    ``known`` are the command's options, of which an unknown one may be a misspelling.
+    """
     overrides = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not (name.startswith("--") and "." in name.strip("-.")):
-            raise UserError(f"unknown argument {word!r} (see --help; settings are given as --a.b value)")
+            raise unknown_argument(word, known)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{name}: wanted a value after it")
             value = rest.pop(0)
         overrides.append((name.removeprefix("--"), value))
     return overrides
+
+
+def unknown_argument(word: str, known: Sequence[str]) -> UserError:
+    """Return the error for a word that no option takes."""
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6) if name.startswith("--") else []
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help; settings are given as --a.b value"
+    return UserError(f"unknown argument {word!r}, {hint}")
 
 
 def integers(text: str) -> list[int]:
@@ -58,7 +79,12 @@ def integers(text: str) -> list[int]:
 
 
 def guarded(command: Callable[[], int], name: str = "kd") -> int:
-    """Run a command: a UserError is one line and 2, Ctrl-C is 130, a broken pipe ends quietly."""
+    """Run a command and return its exit code.
+
+    A mistake of the user's (a UserError, a path that cannot be used) is one line and 2; a failure that is known (a loss
+    that is not finite, a full disk, a package that is not installed) is one line and 1; Ctrl-C is 130. A broken pipe
+    ends quietly. Anything else is a defect and keeps its traceback.
+    """
     try:
         return command()
     except UserError as error:
@@ -67,9 +93,28 @@ def guarded(command: Callable[[], int], name: str = "kd") -> int:
     except FloatingPointError as error:
         print(f"{name}: failed: {error}", file=sys.stderr)
         return EXIT_FAILURE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "apps", "kdcore", "data_scripts"):
+            raise
+        print(f"{name}: failed: this needs the package {package}: pip install 'kdsuite[all]'", file=sys.stderr)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILURE
+    except OSError as error:
+        print(f"{name}: {_path_problem(error)}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, _PATH_ERRORS) else EXIT_FAILURE
+
+
+# what a path that the user gave can be guilty of
+_PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def _path_problem(error: OSError) -> str:
+    kind = "error" if isinstance(error, _PATH_ERRORS) else "failed"
+    what = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+    return f"{kind}: {what}"

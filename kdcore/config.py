@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -31,7 +32,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; a missing file or anything but a mapping is a UserError with the line."""
     file = Path(path)
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -59,17 +60,52 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[tuple[str, st
 
 
 def parse_value(text: str) -> Any:
-    """Return a command-line text as YAML reads it, with ``1e-3`` a number (YAML 1.1 wants a dot)."""
+    """Return a command-line text as a configuration file would read it; what is no YAML is the text itself."""
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+
+
+def dump_yaml(value: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML that ``read_yaml`` reads back as it was."""
+    return yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2, and no name twice in a mapping.
+
+    By 1.1 a data set called ``no`` would be False, ``12:30`` the number 750, ``2020-01-01`` a date, and ``1e-3`` text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands here twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads: quotes exactly the texts that would not come back as text."""
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _name, (_pattern, _first) in _SCALARS.items():
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+# 1.1 reads 010 as eight
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def _copy(value: Any) -> Any:
@@ -86,6 +122,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
     """
     import jsonargparse
 
+    _check_names(cls, values, source)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
     try:
@@ -93,6 +130,50 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         return cls(**vars(parser.instantiate(namespace)))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
+
+
+def _check_names(expected: Any, value: Any, source: str, path: str = "") -> None:
+    """Refuse a name that a dataclass, at any depth, does not have, and say which ones come near.
+
+    This is also what keeps code out of configurations: jsonargparse would import what a ``class_path`` names, and read
+    the file that a text in a dataclass's place names.
+    """
+    inner = get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: '{path.rstrip('.')}': wanted settings (name: value), got {value!r}")
+        hints = get_type_hints(expected)
+        known = {field.name: hints[field.name] for field in dataclasses.fields(expected)}
+        for name, each in value.items():
+            if name not in known:
+                raise UserError(f"{source}: unknown setting '{path}{name}', {nearest(str(name), known)}")
+            _check_names(known[name], each, source, f"{path}{name}.")
+    elif get_origin(expected) is list:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{source}: '{path.rstrip('.')}': wanted a list, got {value!r}")
+        for number, each in enumerate(value):
+            _check_names(inner[0], each, source, f"{path}{number}.")
+    elif get_origin(expected) is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: '{path.rstrip('.')}': wanted settings (name: value), got {value!r}")
+        for name, each in value.items():
+            _check_plain(name, source, path.rstrip("."))
+            _check_names(inner[1], each, source, f"{path}{name}.")
+    else:
+        _check_plain(value, source, path.rstrip("."))
+
+
+def _check_plain(value: Any, source: str, path: str) -> None:
+    """Refuse what jsonargparse would import wherever anything goes, also inside text, which it reads as YAML."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            _check_plain(name, source, path)
+            _check_plain(each, source, f"{path}.{name}")
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_plain(each, source, path)
+    elif isinstance(value, str) and "class_path" in value:
+        raise UserError(f"{source}: '{path}': got {value!r}; a configuration cannot name code")
 
 
 def _one_line(error: Exception) -> str:

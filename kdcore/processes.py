@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 # one process may solve, evaluate or fill a teacher's cache for hours while the others wait for it
@@ -76,3 +76,13 @@ def first_process_first() -> Iterator[None]:
     yield
     if is_first_process():
         barrier()
+
+
+@contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """Keep what the others print from standing on stdout a second time."""
+    if is_first_process():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield

@@ -22,8 +22,10 @@ def stderr_console() -> Console:
 class EpochProgress:
     """Shows the epochs of a training run; in a pipe or a log file it prints a line now and then instead."""
 
-    def __init__(self, description: str, epochs: int, batches: int, *, enabled: bool = True) -> None:
+    def __init__(self, description: str, epochs: int, batches: int, *, start: int = 0, enabled: bool = True) -> None:
+        """Take what is shown, epochs in all, batches of each, and batches done by an earlier start of this run."""
         self.description = description
+        self.start = start
         self.epochs = epochs
         self.batches = max(batches, 1)
         self.console = stderr_console()
@@ -40,9 +42,9 @@ class EpochProgress:
     def __enter__(self) -> EpochProgress:
         if self.live:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[state]}"),
+                TextColumn("{task.fields[state]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -50,7 +52,9 @@ class EpochProgress:
                 auto_refresh=False,
             )
             self._progress.start()
-            self._task = self._progress.add_task(self.description, total=self.epochs * self.batches, state="")
+            self._task = self._progress.add_task(
+                self.description, completed=self.start, total=self.epochs * self.batches, state=""
+            )
         return self
 
     def __exit__(
@@ -99,7 +103,10 @@ class EpochProgress:
 
     def _print(self, now: float, text: str) -> None:
         self.console.print(
-            f"{self.description}: epoch {self._epoch + 1}/{self.epochs}  {text}", soft_wrap=True, highlight=False
+            f"{self.description}: epoch {self._epoch + 1}/{self.epochs}  {text}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
         self._line = now
 
@@ -122,4 +129,4 @@ class Announcer:
         if counter and now - self._last < _LINE_SECONDS / 3:
             return
         self._last = now
-        self.console.print(text, style="dim", highlight=False, soft_wrap=True)
+        self.console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)

@@ -6,44 +6,86 @@ renamed. ``log.jsonl`` is the one file that grows; its readers ignore a torn las
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
+import math
 import os
 import platform
+import secrets
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from kdcore.config import dump_yaml, read_yaml
 
 ROLES = ("teacher", "student_alone", "student", "assistant", "baseline")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; rename it to ``path`` on success, remove it on failure.
+    """Yield a path to write to; rename what is there to ``path`` on success, remove it on failure.
 
     The file is fsynced before the rename and the folder after it, so a crash leaves the old file or the new
-    one, never a part of either.
+    one, never a part of either. What a killed writer left behind is removed by the next one of the same file.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    remove_orphans(target)
+    folder, lock = _temporary_folder(target)
     try:
+        temporary = folder / target.name
         yield temporary
+        # some writers (safetensors) give their files to the owner alone: a model is for whoever may read its folder
+        os.chmod(temporary, folder.stat().st_mode & 0o666)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
         _fsync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _temporary_folder(target: Path) -> tuple[Path, int]:
+    """Create a folder beside ``target``, under a lock that the system frees when this process dies.
+
+    A folder, since some writers (safetensors again) have temporary files of their own beside the one they are given.
+    """
+    while True:
+        folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        folder.mkdir()
+        try:
+            lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:  # another writer took the folder for an orphan before it was locked
+            continue
+        with suppress(OSError):  # a file system without locks has no orphans removed either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / ".lock").exists():
+            return folder, lock
+        os.close(lock)
+
+
+def remove_orphans(target: Path) -> None:
+    """Remove what killed writers of ``target`` left beside it: temporary folders whose lock nobody holds."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with suppress(OSError):  # gone by now, not ours to touch, or its writer lives
+            lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -71,26 +113,40 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def fingerprint(*parts: str | bytes | np.ndarray | Mapping[str, Any] | None) -> str:
-    """Return 16 hex digits of a SHA-256 over the parts: text, bytes, arrays (dtype and shape count) or mappings."""
+    """Return 16 hex digits of a SHA-256 over the parts: text, bytes, arrays (dtype and shape count) or mappings.
+
+    Raises TypeError for what has no content of its own to hash: arrays of objects, mappings that hold other than JSON
+    values and paths.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
+            if part.dtype.hasobject:
+                raise TypeError("fingerprint: got an array of objects, wanted numbers or fixed-width text")
             header = f"array:{part.dtype.str}:{part.shape}:".encode()
             digest.update(header)
-            digest.update(np.ascontiguousarray(part).data)
+            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data if part.size else b"")
         elif isinstance(part, bytes):
             digest.update(b"bytes:%d:" % len(part))
             digest.update(part)
         else:
-            text = json.dumps(part, sort_keys=True, default=str).encode()
+            text = json.dumps(part, sort_keys=True, default=_plain).encode()
             digest.update(b"json:%d:" % len(text))
             digest.update(text)
     return digest.hexdigest()[:16]
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"fingerprint: got {type(value).__name__} in a mapping, wanted JSON values")
+
+
 def provenance(**extra: Any) -> dict[str, Any]:
     """Return what is needed to repeat a run: command, versions, commit, machine; ``extra`` is added as given."""
-    packages = ("kdsuite", "torch", "lightning", "numpy", "scipy", "pyarrow", "implicit", "torchrec")
+    packages = ("kdsuite", "torch", "lightning-fabric", "numpy", "scipy", "pyarrow", "implicit", "torchrec")
     versions = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -183,12 +239,12 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the resolved configuration."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_text(self.path / "config.yaml", dump_yaml(config))
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the resolved configuration of an earlier start of this run, or None."""
         file = self.path / "config.yaml"
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_yaml(file) if file.exists() else None
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write all rows of ``metrics.json``."""
@@ -212,10 +268,17 @@ class EventLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time and this log's context."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **self.context, **fields}, ensure_ascii=False)
+        """Append one event with the time and this log's context; NaN and infinities, which JSON lacks, become null."""
+        values = _finite({"time": round(time.time(), 3), "event": event, **self.context, **fields})
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on disk."""
+        if self.path.exists():
+            with open(self.path, "rb+") as handle:
+                os.fsync(handle.fileno())
 
     def position(self) -> int:
         """Return the size of the log in bytes."""
@@ -227,15 +290,21 @@ class EventLog:
             os.truncate(self.path, position)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return {key: _finite(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the events of a log; a last line torn by a kill is left out."""
     file = Path(path)
     if not file.exists():
         return []
     events = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().rstrip(b"\n").split(b"\n"):
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or cut inside a character
             break
     return events

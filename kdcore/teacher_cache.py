@@ -2,14 +2,14 @@
 
 An entry is keyed by what determines it (data, teacher, kind, K): another teacher or other data is another entry,
 never a stale one. Two writers of one entry wait for each other; a killed writer leaves its finished blocks behind
-and the next one goes on from there.
+and the next one goes on from there. Space on the disk is claimed before anything is computed.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +70,12 @@ class TeacherCache:
             progress: called with (rows done, n_rows) after every block.
 
         Raises:
-            ValueError: ``compute`` returned a field of the wrong name, shape or a non-finite value.
+            ValueError: ``compute`` returned a field of the wrong name, shape or kind of number, NaN, or a whole number
+                that the field's dtype does not hold. Infinities are kept: they mark what is no answer.
+            OSError: the disk has no room for the entry.
         """
+        if n_rows < 0 or block_rows < 1:
+            raise ValueError(f"got n_rows={n_rows} and block_rows={block_rows}, wanted at least 0 and 1")
         for name, (dtype, _) in fields.items():
             if np.dtype(dtype).hasobject:
                 raise ValueError(f"fields[{name!r}]: got dtype {dtype}, wanted a plain number type")
@@ -84,13 +88,22 @@ class TeacherCache:
         }
         key = fingerprint(description)
         final = self.folder / key
-        if not (final / "entry.json").exists():
-            with _lock(self.folder / f".{key}.lock"):
-                if not (final / "entry.json").exists():
-                    partial = self.folder / f".{key}.partial"
-                    _fill(partial, description, fields, n_rows, compute, block_rows, progress)
-                    os.replace(partial, final)
-        return _open(final)
+        entry = _open(final, description)
+        if entry is not None:
+            return entry
+        with _lock(self.folder / f".{key}.lock"):
+            entry = _open(final, description)
+            if entry is None:
+                partial = self.folder / f".{key}.partial"
+                arrays = _allocate(partial, fields, n_rows)
+                _fill(partial, arrays, fields, n_rows, compute, block_rows, progress)
+                write_json(partial / "entry.json", description)
+                shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been opened
+                os.replace(partial, final)
+                entry = _open(final, description)
+        if entry is None:
+            raise OSError(f"{final}: cannot be read back after it was written")
+        return entry
 
 
 @contextmanager
@@ -102,9 +115,31 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
+def _allocate(folder: Path, fields: dict[str, tuple[str, tuple[int, ...]]], n_rows: int) -> dict[str, np.memmap]:
+    """Return writable arrays on disk, those of an earlier writer if they are whole.
+
+    Writing into a hole of a mapped file on a full disk kills the process without a word, so there must be no holes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    try:
+        for name, (dtype, shape) in fields.items():
+            file = folder / f"{name}.npy"
+            if not _matches(file, np.dtype(dtype), (n_rows, *shape)):
+                (folder / "done.json").unlink(missing_ok=True)
+                np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(n_rows, *shape))
+            with open(file, "rb+") as handle:
+                os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+            arrays[name] = np.lib.format.open_memmap(file, mode="r+")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # half an allocation helps nobody on a full disk
+        raise OSError(error.errno, f"no room for the teacher's outputs ({error.strerror})", str(folder)) from None
+    return arrays
+
+
 def _fill(
     folder: Path,
-    description: dict[str, Any],
+    arrays: dict[str, np.memmap],
     fields: dict[str, tuple[str, tuple[int, ...]]],
     n_rows: int,
     compute: Compute,
@@ -112,16 +147,6 @@ def _fill(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Fill the arrays in ``folder``, going on after the blocks an earlier writer made durable."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for name, (dtype, shape) in fields.items():
-        file = folder / f"{name}.npy"
-        wanted = (n_rows, *shape)
-        if file.exists() and _header_matches(file, np.dtype(dtype), wanted):
-            arrays[name] = np.lib.format.open_memmap(file, mode="r+")
-        else:
-            (folder / "done.json").unlink(missing_ok=True)
-            arrays[name] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=wanted)
     done = int(read_json(folder / "done.json")) if (folder / "done.json").exists() else 0
     for start in range(done, n_rows, block_rows):
         stop = min(start + block_rows, n_rows)
@@ -129,22 +154,31 @@ def _fill(
         if set(block) != set(fields):
             raise ValueError(f"compute: got fields {sorted(block)}, wanted {sorted(fields)}")
         for name, values in block.items():
-            wanted = (stop - start, *fields[name][1])
-            if values.shape != wanted:
-                raise ValueError(f"compute: {name!r} has shape {values.shape}, wanted {wanted}")
-            if np.issubdtype(values.dtype, np.floating) and np.isnan(values).any():
-                raise ValueError(f"compute: {name!r} has NaN between rows {start} and {stop}")
+            _check(name, values, arrays[name][start:stop])
             arrays[name][start:stop] = values
         for array in arrays.values():
             array.flush()
         write_json(folder / "done.json", stop)
         if progress is not None:
             progress(stop, n_rows)
-    write_json(folder / "entry.json", description)
 
 
-def _header_matches(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
-    """Return whether a partial array is whole and of the wanted kind (a kill may have torn its creation)."""
+def _check(name: str, values: np.ndarray, target: np.ndarray) -> None:
+    """Refuse values that the target would not hold as they are."""
+    if values.shape != target.shape:
+        raise ValueError(f"compute: {name!r} has shape {values.shape}, wanted {target.shape}")
+    if not np.can_cast(values.dtype, target.dtype, "same_kind"):
+        raise ValueError(f"compute: {name!r} has dtype {values.dtype}, wanted {target.dtype}")
+    if np.issubdtype(values.dtype, np.floating) and np.isnan(values).any():
+        raise ValueError(f"compute: {name!r} has NaN")
+    if np.issubdtype(target.dtype, np.integer) and values.size:
+        limits = np.iinfo(target.dtype)
+        if values.min() < limits.min or values.max() > limits.max:
+            raise ValueError(f"compute: {name!r} has values beyond {target.dtype}")
+
+
+def _matches(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
+    """Return whether an array is whole and of the wanted kind (a kill may have torn its creation)."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError):
@@ -152,9 +186,17 @@ def _header_matches(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> bool
     return array.dtype == dtype and array.shape == shape
 
 
-def _open(folder: Path) -> CacheEntry:
-    description = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in description["fields"]
-    }
+def _open(folder: Path, description: dict[str, Any]) -> CacheEntry | None:
+    """Return the entry in ``folder``, None if there is none or it is damaged."""
+    try:
+        if read_json(folder / "entry.json") != description:
+            return None
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in description["fields"]
+        }
+    except (ValueError, OSError, EOFError):
+        return None
+    for name, (dtype, shape) in description["fields"].items():
+        if arrays[name].dtype.str != dtype or arrays[name].shape != (description["n_rows"], *shape):
+            return None
     return CacheEntry(folder, arrays)

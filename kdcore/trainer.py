@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -260,9 +260,8 @@ class Trainer:
             while not progress.done:
                 self._epoch(training, bar)
                 self._finish_epoch(training, bar)
-                # one broadcast an epoch: clocks differ, but every process must take part in a checkpoint, or none
-                due = self._due(training)
-                if progress.done or (self.fabric.broadcast(due) if self.fabric.world_size > 1 else due):
+                # clocks differ, but every process must take part in a checkpoint, or none
+                if processes.agree(progress.done or self._due(training)):
                     self._save(training)
         if training.writer is not None:
             training.writer.close()

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcore.command_line import Parser, example, integers, split_overrides
+from kdcore import processes
+from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -42,12 +44,14 @@ def main(words: Sequence[str]) -> int:
     _add_export(verbs)
     _add_bench(verbs)
     args, rest = parser.parse_known_args(words)
+    known = verbs.choices[args.verb].options()
     if args.verb in _STAGES:
-        return _stage(args, split_overrides(rest))
+        with processes.first_process_speaks():
+            return _stage(args, split_overrides(rest, known))
     if args.verb == "tune":
-        return _tune(args, split_overrides(rest))
+        return _tune(args, split_overrides(rest, known))
     if rest:
-        raise UserError(f"unknown argument {rest[0]!r} (see kd recsys {args.verb} --help)")
+        raise unknown_argument(rest[0], known)
     return {"recommend": _recommend, "export": _export, "bench": _bench}[args.verb](args)
 
 
@@ -118,7 +122,7 @@ def _settings(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> lis
     """Return the command's own options as overrides, before the explicit ones."""
     own: list[tuple[str, str]] = []
     if args.data:
-        own.append(("data.path", json.dumps(str(_data_path(args.data)))))
+        own.append(("data.path", json.dumps(args.data)))
     if args.columns:
         pairs = dict(pair.partition("=")[::2] for pair in args.columns.split(","))
         if not all(pairs.values()):
@@ -128,6 +132,8 @@ def _settings(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> lis
         own.append(("data.skip_bad", "true"))
     files = {part: getattr(args, part) for part in ("train", "valid", "test")}
     if any(files.values()):
+        if args.data:
+            raise UserError("--data: got your own --train, --valid and --test files as well; wanted one or the other")
         own.append(("split.kind", "files"))
         own += [(f"split.{part}_file", json.dumps(str(file))) for part, file in files.items() if file]
     if args.seeds:
@@ -136,15 +142,20 @@ def _settings(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> lis
 
 
 def _data_path(name: str) -> str:
-    """Return ``name``; the simulated default is made on first use."""
-    if name != "simulated" or Path(name).exists():
-        return name
+    """Return ``name``; the simulated default is made on first use, and a public data set not yet here is announced."""
+    from apps.recsys.data.store import find_data
+    from data_scripts import catalogue
     from data_scripts.simulate_interactions import simulate
 
-    folder = Path("data/simulated")
-    if not (folder / "dataset.json").exists():
-        simulate(folder)
-    return str(folder)
+    if name == "simulated" and not Path(name).exists():
+        return str(simulate(Path("data/simulated"), progress=True))
+    try:
+        find_data(name)
+    except UserError:
+        if name in catalogue.names():
+            raise UserError(f"--data: {name} is not here yet; get it with kd data prepare {name}") from None
+        raise
+    return name
 
 
 def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipeline:
@@ -154,14 +165,25 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
 
     announce = Announcer()
     if args.recipe is None and args.config is None:
-        if args.out is None:
-            raise UserError("wanted --recipe NAME or --config FILE, or --out RUN of a run to go on with")
-        return Pipeline.reopen(args.out, announce)
+        return Pipeline.reopen(_reopened(args, overrides), announce)
     config = load_config(recipe=args.recipe, file=args.config, overrides=_settings(args, overrides))
-    if not config.data.path and config.split.kind != "files":
+    if config.data.path:
+        with processes.first_process_first():
+            config = replace(config, data=replace(config.data, path=_data_path(config.data.path)))
+    elif config.split.kind != "files":
         raise UserError("wanted --data NAME or PATH (or --train, --valid and --test files)")
-    data = Path(config.data.path or config.split.train_file or "data").name
+    data = Path(config.data.path or config.split.train_file or "data").name.split(".")[0]
     return Pipeline(config, args.out or Path("runs") / f"{config.recipe}-{data}", announce)
+
+
+def _reopened(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Path:
+    """Return the run to go on with; it keeps its settings, so none may be given."""
+    if args.out is None:
+        raise UserError("wanted --recipe NAME or --config FILE, or --out RUN of a run to go on with (see --help)")
+    changed = [*(f"--{path}" for path, _ in _settings(args, overrides))]
+    if changed:
+        raise UserError(f"{changed[0]}: wanted --recipe or --config with it; without, {args.out} keeps its settings")
+    return Path(args.out)
 
 
 def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -180,7 +202,7 @@ def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if args.verb in ("evaluate", "run"):
         _finish(pipeline, args.json)
     else:
-        print(pipeline.run.path)
+        print(json.dumps({"run": str(pipeline.run.path)}) if args.json else pipeline.run.path)
     return 0
 
 
@@ -203,6 +225,8 @@ def _finish(pipeline: Pipeline, as_json: bool) -> None:
 
     rows = pipeline.evaluate()
     pipeline.deploy()
+    if not processes.is_first_process():
+        return
     report = write_report(pipeline.run.path)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -228,7 +252,7 @@ def _add_recommend(verbs: Any) -> None:
         epilog=example("kd recsys recommend --run runs/ml --users all --k 10 --exclude-seen --out recs.parquet"),
     )
     _add_run(parser)
-    parser.add_argument("--users", default="all", help="all, or a file with one user id a line, or Parquet (user_id)")
+    parser.add_argument("--users", default="all", help="all, or a file: one user id a line, or CSV, TSV or Parquet")
     parser.add_argument("--k", type=int, default=10, help="items a user (default 10)")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out what the user interacted with")
     parser.add_argument("--out", type=Path, required=True, help="Parquet: user_id, item_id, rank, score")
@@ -239,6 +263,8 @@ def _recommend(args: argparse.Namespace) -> int:
     from apps.recsys.recommend import recommend
 
     summary = recommend(args.run, args.model, args.users, args.k, args.exclude_seen, args.out)
+    if summary["repeated_users"]:
+        print(f"{args.users}: {summary['repeated_users']} repeated users left out", file=sys.stderr)
     print(json.dumps(summary) if args.json else f"{summary['rows']} rows for {summary['users']} users: {args.out}")
     return 0
 
@@ -250,23 +276,30 @@ def _add_export(verbs: Any) -> None:
         epilog=example("kd recsys export --run runs/ml --out exported"),
     )
     _add_run(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; an earlier export is replaced")
+    parser.add_argument("--json", action="store_true", help="print the model's name, version and parity as JSON")
 
 
 def _export(args: argparse.Namespace) -> int:
     from apps.recsys.export import export
+    from kdcore.run import read_json
 
-    print(export(args.run, args.model, args.out))
+    folder = export(args.run, args.model, args.out)
+    if args.json:
+        about = read_json(folder / "model.json")
+        print(json.dumps({"out": str(folder), **{name: about[name] for name in ("label", "model_version", "parity")}}))
+    else:
+        print(folder)
     return 0
 
 
 def _add_bench(verbs: Any) -> None:
     parser = verbs.add_parser(
         "bench",
-        help="measure: quality, train, evaluate",
+        help="measure: quality, beauty, train, teachers, evaluate",
         epilog=example("kd recsys bench quality --json benchmarks/results/recsys_quality.json"),
     )
-    parser.add_argument("what", choices=("quality", "beauty", "train", "evaluate"), help="which benchmark")
+    parser.add_argument("what", choices=("quality", "beauty", "train", "teachers", "evaluate"), help="which benchmark")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from apps.recsys.distill import Optimization
-from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml
+from apps.recsys.models.store import model_options
+from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml, resolved
 from kdcore.trainer import TrainerConfig
 
 
@@ -108,6 +109,31 @@ class RecsysConfig:
         ]
     )
     seeds: list[int] = field(default_factory=lambda: [0])
+
+
+def alone_config(config: RecsysConfig) -> ModelConfig:
+    """Return how the student is trained without a teacher: as with one, but for what ``student.alone`` sets."""
+    student = config.student
+    plain = resolved(ModelConfig(student.kind, student.options, student.optimization, student.trainer))
+    for section, values in student.alone.items():
+        if section not in ("optimization", "options", "trainer") or not isinstance(values, dict):
+            raise UserError(f"student.alone: got {section!r}, wanted optimization, options or trainer with settings")
+        plain[section] = {**plain[section], **values}
+    return build(ModelConfig, plain, "student.alone")
+
+
+def student_dimension(config: RecsysConfig) -> int:
+    """Return the width of the student's vectors, which its baselines share."""
+    return int(model_options(config.student.kind, config.student.options).dimension)
+
+
+def baseline_config(config: RecsysConfig, kind: str, values: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Return how a baseline (ials, bpr) of the student's size is fitted; ``values`` replace its own settings."""
+    options, dimension = {**config.baselines[kind], **(values or {})}, student_dimension(config)
+    if kind == "ials":
+        return ModelConfig("ials", {"dimension": dimension, **options}, trainer=config.student.trainer)
+    optimization = build(Optimization, {"loss": "bpr", **options}, f"baselines.{kind}")
+    return ModelConfig("mf", {"dimension": dimension}, optimization, config.student.trainer)
 
 
 def recipe_names() -> list[str]:

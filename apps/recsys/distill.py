@@ -9,17 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from apps.recsys.data.histories import Histories
 from apps.recsys.evaluate import Evaluator
 from apps.recsys.knowledge import Knowledge, Score
-from apps.recsys.models.base import DotRecommender, Encoded, Recommender
+from apps.recsys.models.base import DotRecommender, Encoded, Recommender, gather_rows
 from apps.recsys.models.factors import LightGCN
+from apps.recsys.models.kernels import LinearScore, linear_cross_entropy
 from apps.recsys.models.sasrec import Sasrec, gather_windows
 from apps.recsys.sampling import Membership, sample_unseen
+from kdcore.config import UserError
 from kdcore.losses import ranking
 from kdcore.trainer import Batch, TeachingStep, iterate_rows
+
+# scores of a chunk of positions, 2 MB of float32: what a core's cache holds
+_CHUNK_SCORES = 1 << 19
+
+# interactions whose negatives are drawn in one go
+_DRAWN_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,15 @@ class RecommenderStep(TeachingStep):
     def _knowledge(self) -> list[Knowledge]:
         return list(self.knowledge.values())  # type: ignore[arg-type]
 
-    def _draw(self, generator: torch.Generator) -> None:
+    def _draw(self, generator: torch.Generator) -> torch.Generator:
+        """Draw every knowledge's lists of the epoch and return the generator of what it draws later.
+
+        It is one of its own, so that the base loss sees the same batches in the same order with and without a teacher.
+        """
+        own = torch.Generator().manual_seed(int(torch.randint(1 << 62, (1,), generator=generator)))
         for module in self._knowledge():
-            module.draw(generator)
+            module.draw(own)
+        return own
 
     def _prepare(self, batch: Batch, queries: Tensor, items: Tensor, generator: torch.Generator) -> Batch:
         """Add each knowledge's tensors under its name, with the queries it sums over."""
@@ -138,16 +151,21 @@ class InteractionStep(RecommenderStep):
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yield pairs with their negatives, and what the knowledge asks of their users."""
-        self._draw(generator)
+        own = self._draw(generator)
         order = torch.randperm(len(self.users), generator=generator)
-        for rows in iterate_rows(order, self.optimization.batch_size):
-            user, positive = self.users[rows], self.items[rows]
-            negative = sample_unseen(self.seen, user, self.optimization.negatives, generator)
-            batch = {"user": user, "positive": positive, "negative": negative}
-            if len(self.knowledge):
-                asked = torch.cat([positive, negative.flatten()]).unique()
-                self._prepare(batch, user.unique(), asked, generator)
-            yield batch
+        size = self.optimization.batch_size
+        # negatives of many batches are drawn at once: rejection takes several rounds however few rows there are
+        for rows in iterate_rows(order, max(_DRAWN_TOGETHER // size, 1) * size):
+            users, positives = self.users[rows], self.items[rows]
+            negatives = sample_unseen(self.seen, users, self.optimization.negatives, generator)
+            for user, positive, negative in zip(
+                users.split(size), positives.split(size), negatives.split(size), strict=True
+            ):
+                batch = {"user": user, "positive": positive, "negative": negative}
+                if len(self.knowledge):
+                    asked = torch.cat([positive, negative.flatten()]).unique()
+                    self._prepare(batch, user.unique(), asked, own)
+                yield batch
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Return pairs for the base loss, queries for each knowledge."""
@@ -157,15 +175,15 @@ class InteractionStep(RecommenderStep):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the summed base loss and the summed loss of each knowledge."""
         encoded = self._student().encode()
-        positive = encoded.pair(batch["user"], batch["positive"])
-        negative = encoded.lists(batch["user"], batch["negative"])
+        # one gather of users and one of items: the gradients of gathers are most of a step of a factor model
+        scores = encoded.lists(batch["user"], torch.cat([batch["positive"][:, None], batch["negative"]], dim=1))
         if self.optimization.loss == "bce":
-            scores = torch.cat([positive[:, None], negative], dim=1)
             labels = torch.zeros_like(scores)
             labels[:, 0] = 1.0
             base = ranking.pointwise_bce(scores, labels, reduction="sum")
         else:
-            wide = positive[:, None].expand_as(negative)
+            negative = scores[:, 1:]
+            wide = scores[:, :1].expand_as(negative)
             base = ranking.bpr(wide.flatten(), negative.flatten(), reduction="sum") / negative.shape[1]
 
         def score(queries: Tensor, items: Tensor | None = None) -> Tensor:
@@ -195,6 +213,8 @@ class SequenceStep(RecommenderStep):
         counts = train.counts()
         self.positions = int(np.maximum(counts - 1, 0).sum())
         self.windows = int(np.ceil(np.maximum(counts - 1, 0) / self.length).sum())
+        if not self.positions:
+            raise UserError("train: no user has two items in a row, from which a sequential model could learn")
 
     def batch_count(self) -> int:
         """Return the number of batches of an epoch (a moving cut may add a few windows)."""
@@ -216,7 +236,7 @@ class SequenceStep(RecommenderStep):
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yield windows of similar length together, in random order: less padding, the same epoch."""
-        self._draw(generator)
+        own = self._draw(generator)
         start, lengths = self._cut(generator)
         noise = torch.rand(len(start), generator=generator).numpy()
         order = np.lexsort((noise, lengths))
@@ -229,7 +249,7 @@ class SequenceStep(RecommenderStep):
                 # a query is the place in the training log of the last item its answer may know
                 places = start[rows][:, None] + np.arange(windows.shape[1] - 1)
                 queries = torch.from_numpy(places)[self._valid(batch)]
-                self._prepare(batch, queries, queries, generator)
+                self._prepare(batch, queries, queries, own)
             yield batch
 
     def _valid(self, batch: Batch) -> Tensor:
@@ -252,11 +272,9 @@ class SequenceStep(RecommenderStep):
         """Return the summed cross-entropy of the next item and the summed loss of each knowledge."""
         student: Sasrec = self.student  # type: ignore[assignment]
         valid = self._valid(batch)
-        logits = student.hidden(batch["windows"][:, :-1])[valid] @ student.item_vectors().T
+        hidden = student.hidden(batch["windows"][:, :-1])
+        hidden = gather_rows(hidden.flatten(0, 1), valid.flatten().nonzero()[:, 0])
         targets = batch["windows"][:, 1:][valid]
-        base = functional.cross_entropy(logits, targets, reduction="sum")
-
-        def score(queries: Tensor, items: Tensor | None = None) -> Tensor:
-            return logits if items is None else logits.gather(1, items)
-
+        base = linear_cross_entropy(hidden, student.item_vectors(), targets)
+        score = LinearScore(hidden, student.item_vectors())
         return {self.optimization.loss: base, **self._taught(batch, score, None)}

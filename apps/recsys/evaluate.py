@@ -208,7 +208,7 @@ def evaluate(
 def slices(
     evaluation: Evaluation, split: Split, metric: str = "ndcg@10", *, n_slices: int = 4
 ) -> list[dict[str, str | int | float]]:
-    """Return a per-user metric for slices of the users and of the items, as rows {axis, slice, n, value}.
+    """Return a per-user metric for slices of the users and of the items: {axis, position, slice, n, value}.
 
     Axis ``activity`` cuts the evaluated users by the length of their training history, axis ``popularity`` the
     relevant items by their number of training interactions; cuts are at quantiles, equal numbers stay together, so
@@ -223,20 +223,20 @@ def slices(
         raise UserError(f"slices: got metric {metric!r}, wanted one with a value per user and a cutoff up to {depth}")
     rows = []
     activity = split.train.counts()[evaluation.users]
-    for label, inside in _quantile_slices(activity, n_slices):
+    for position, (label, inside) in enumerate(_quantile_slices(activity, n_slices)):
         hit = inside[evaluation.hit_row]
         values = _from_hits(evaluation, parsed, hit, evaluation.n_relevant)[inside]
-        rows.append(_slice_row("activity", label, values))
+        rows.append(_slice_row("activity", position, label, values))
     relevant = split.test if evaluation.part == "test" else split.valid
     row, item = relevant.rows(evaluation.users.astype(np.int64))
     row, item = np.divmod(distinct(row * split.n_items + item), split.n_items)
     popularity = split.train.item_counts()
-    for label, inside in _quantile_slices(popularity[item], n_slices):
+    for position, (label, inside) in enumerate(_quantile_slices(popularity[item], n_slices)):
         low, high = popularity[item[inside]].min(), popularity[item[inside]].max()
         of_hit = popularity[evaluation.hit_item]
         n_relevant = np.bincount(row[inside], minlength=len(evaluation.users))
         values = _from_hits(evaluation, parsed, (of_hit >= low) & (of_hit <= high), n_relevant)
-        rows.append(_slice_row("popularity", label, values[n_relevant > 0]))
+        rows.append(_slice_row("popularity", position, label, values[n_relevant > 0]))
     return rows
 
 
@@ -256,5 +256,5 @@ def _quantile_slices(values: np.ndarray, n_slices: int) -> list[tuple[str, np.nd
     return [(f"{values[mask].min()}-{values[mask].max()}", mask) for mask in masks]
 
 
-def _slice_row(axis: str, label: str, values: np.ndarray) -> dict[str, str | int | float]:
-    return {"axis": axis, "slice": label, "n": len(values), "value": float(values.mean())}
+def _slice_row(axis: str, position: int, label: str, values: np.ndarray) -> dict[str, str | int | float]:
+    return {"axis": axis, "position": position, "slice": label, "n": len(values), "value": float(values.mean())}

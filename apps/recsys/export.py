@@ -74,6 +74,8 @@ def export(run: Path, role: str, out: Path) -> Path:
         parity = _write_scorer(folder, model, histories)
         about = {**_describe(run, role, dataset, model), "parity": parity, "files": _checksums(folder)}
         write_json(folder / "model.json", about)
+        for file in folder.iterdir():  # safetensors makes files that only their owner may read
+            file.chmod((folder / "model.json").stat().st_mode)
     return out
 
 

@@ -25,6 +25,8 @@ from kdcore.config import UserError, nearest
 from kdcore.trainer import FitResult, Trainer
 
 KINDS = ("mf", "lightgcn", "sasrec", "ease", "ials", "ensemble")
+# fitted by one process, without the trainer
+SOLVED = ("ease", "ials")
 
 
 @dataclass
@@ -60,7 +62,7 @@ def fit_model(
     if config.kind not in KINDS:
         raise UserError(f"model kind: got {config.kind!r}, {nearest(config.kind, KINDS)}")
     started = time.perf_counter(), time.process_time()
-    if config.kind in ("ease", "ials", "ensemble"):
+    if config.kind in (*SOLVED, "ensemble"):
         model = _solve(config, split, evaluator, seed, folder, key, context)
         return Fitted(model, time.perf_counter() - started[0], time.process_time() - started[1])
     model = student if student is not None else new_model(config, split, seed)

@@ -12,20 +12,35 @@ from torch import Tensor
 from apps.recsys.data.histories import Histories
 from apps.recsys.knowledge import TeacherLists
 from apps.recsys.models.base import DotRecommender, Recommender
+from apps.recsys.models.ensemble import Ensemble
+from apps.recsys.models.linear import Ease
+from apps.recsys.models.sasrec import Sasrec
 from apps.recsys.sampling import Membership
-from apps.recsys.topk import top_k
+from apps.recsys.topk import inference, top_k
 from kdcore.config import UserError
 from kdcore.run import fingerprint
 from kdcore.teacher_cache import TeacherCache
 
 # all scores of a teacher are kept only up to this size on disk; beyond it lists do
 _FULL_SCORE_BYTES = 4 << 30
+# scores held at a time, and queries that a teacher encodes at a time
+_ANSWER_CELLS, _ANSWER_QUERIES = 1 << 24, 512
 Progress = Callable[[str, int, int], None]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Return a fingerprint of all weights of a model."""
     return fingerprint(*(part for name, value in model.state_dict().items() for part in (name, value.cpu().numpy())))
+
+
+def reads_histories(model: Recommender) -> bool:
+    """Return whether a model answers from the history it is given alone, so that it can be asked about any prefix.
+
+    A factor model knows users, not histories: asked for row r it would answer for user r.
+    """
+    if isinstance(model, Ensemble):
+        return all(reads_histories(member) for member in model.members)  # type: ignore[arg-type]
+    return isinstance(model, Sasrec | Ease)
 
 
 class TeacherLessons:
@@ -47,8 +62,11 @@ class TeacherLessons:
         context: int = 50,
         progress: Progress | None = None,
     ) -> None:
-        if by_position and not teacher.sequential:
-            raise UserError(f"teacher: a sequential student needs a teacher that reads histories, got {teacher.kind}")
+        if by_position and not reads_histories(teacher):
+            raise UserError(
+                f"teacher: a sequential student needs one that answers from any history, got {teacher.label()}; "
+                "wanted sasrec, ease, or an ensemble of those"
+            )
         self.teacher, self.train, self.cache = teacher, train, cache
         self.n_users, self.n_items = train.n_users, train.n_items
         self.student_dimension = student_dimension
@@ -94,6 +112,16 @@ class TeacherLessons:
         items = self.train.items[np.repeat(begin, np.diff(indptr)) + offset]
         return np.arange(stop - start), Histories(indptr, items, self.n_items)
 
+    def _answers(self, start: int, stop: int, keep: Callable[[Tensor], tuple[Tensor, ...]]) -> list[np.ndarray]:
+        """Return what ``keep`` takes from the scores float32 [B, n_items] of queries [start, stop), in small blocks."""
+        step = max(1, min(_ANSWER_QUERIES, _ANSWER_CELLS // self.n_items))
+        kept = []
+        with inference(self.teacher):
+            for first in range(start, stop, step):
+                users, histories = self._question(first, min(first + step, stop))
+                kept.append(keep(self.teacher.scores(torch.from_numpy(users), histories)))
+        return [torch.cat(parts).numpy() for parts in zip(*kept, strict=True)]
+
     def vectors(self) -> DotRecommender:
         """Return the teacher; UserError if it has no vectors."""
         if not isinstance(self.teacher, DotRecommender):
@@ -104,12 +132,18 @@ class TeacherLessons:
         return self.teacher
 
     def lists(self, length: int) -> TeacherLists:
-        """Return the teacher's top-``length`` unobserved items of every user."""
+        """Return the teacher's top-``length`` unobserved items of every query.
+
+        Where there are fewer the list ends in item 0 with the score -inf.
+        """
         if length not in self._lists:
 
             def compute(start: int, stop: int) -> dict[str, np.ndarray]:
-                users, histories = self._question(start, stop)
-                items, scores = top_k(self.teacher, users, length, histories, histories)
+                parts = []
+                for first in range(start, stop, self.n_users):  # row numbers stand for users: no more than there are
+                    users, histories = self._question(first, min(first + self.n_users, stop))
+                    parts.append(top_k(self.teacher, users, length, histories, histories))
+                items, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
                 return {"items": np.maximum(items, 0), "scores": scores}
 
             entry = self.cache.get_or_compute(
@@ -130,18 +164,18 @@ class TeacherLessons:
         key = length, temperature
         if key not in self._log_probabilities:
 
-            @torch.no_grad()
+            def most_probable(scores: Tensor) -> tuple[Tensor, ...]:
+                log_probs, items = torch.log_softmax(scores / temperature, dim=1).topk(length, dim=1)
+                return items.to(torch.int32), log_probs
+
             def compute(start: int, stop: int) -> dict[str, np.ndarray]:
-                users, histories = self._question(start, stop)
-                scores = self.teacher.scores(torch.from_numpy(users), histories)
-                log_probs = torch.log_softmax(scores / temperature, dim=1)
-                kept, items = log_probs.topk(length, dim=1)
-                return {"items": items.numpy().astype(np.int32), "log_probs": kept.numpy()}
+                items, log_probs = self._answers(start, stop, most_probable)
+                return {"items": items, "log_probs": log_probs}
 
             entry = self.cache.get_or_compute(
                 data=self._data_key,
                 teacher=self._teacher_key,
-                kind=f"log-probabilities-{length}-T{temperature:g}",
+                kind=f"log-probabilities-{length}-T{temperature!r}",
                 n_rows=self.n_queries,
                 fields={"items": ("int32", (length,)), "log_probs": ("float32", (length,))},
                 compute=compute,
@@ -190,17 +224,15 @@ class TeacherLessons:
         return {"items": best_users.numpy().astype(np.int32), "scores": best_scores.numpy()}
 
     def full_scores(self) -> np.ndarray:
-        """Return the teacher's scores of all items for every user, float32 [n_users, n_items]."""
+        """Return the teacher's scores of all items for every query, float32 [n_queries, n_items]."""
         if self.n_queries * self.n_items * 4 > _FULL_SCORE_BYTES:
             raise UserError(
                 f"soft_targets: all scores of {self.n_queries} queries x {self.n_items} items take more than "
                 f"{_FULL_SCORE_BYTES >> 30} GiB; wanted sparse_soft_targets or relaxed_ranking, which keep lists"
             )
 
-        @torch.no_grad()
         def compute(start: int, stop: int) -> dict[str, np.ndarray]:
-            users, histories = self._question(start, stop)
-            return {"scores": self.teacher.scores(torch.from_numpy(users), histories).numpy()}
+            return {"scores": self._answers(start, stop, lambda scores: (scores,))[0]}
 
         return self.cache.get_or_compute(
             data=self._data_key,

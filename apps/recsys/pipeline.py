@@ -1,7 +1,8 @@
 """A recommender run from data to report: prepare, teach, distill, evaluate, export; every stage resumable.
 
 Stages are skipped when their output is there and belongs to this very configuration, so the same command after
-Ctrl-C or ``kill -9`` goes on where it stopped.
+Ctrl-C or ``kill -9`` goes on where it stopped. Under torchrun all processes train together, and the first one alone
+solves closed forms, measures and writes.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ import numpy as np
 import torch
 
 from apps.recsys import fitting
+from apps.recsys.checks import check_config
 from apps.recsys.compare import compare
-from apps.recsys.config import ModelConfig, RecsysConfig
+from apps.recsys.config import ModelConfig, RecsysConfig, alone_config, baseline_config, student_dimension
 from apps.recsys.data.dataset import Dataset, load_dataset
 from apps.recsys.data.splits import Split, from_files, global_time, leave_last_out, ratio
 from apps.recsys.data.store import find_data, write_canonical
-from apps.recsys.distill import Optimization
 from apps.recsys.evaluate import Evaluation, Evaluator, slices
 from apps.recsys.knowledge import KNOWLEDGE, Knowledge
 from apps.recsys.lessons import TeacherLessons, model_fingerprint
+from apps.recsys.metrics import parse_metric
 from apps.recsys.models.base import DotRecommender, Recommender
-from apps.recsys.models.ensemble import Ensemble
 from apps.recsys.models.factors import MatrixFactorization
 from apps.recsys.models.linear import fit_svd
 from apps.recsys.models.options import build_options
 from apps.recsys.models.store import load_model, model_bytes, save_model
 from apps.recsys.topk import top_k
-from kdcore.config import UserError, build, nearest, read_yaml, resolved
+from kdcore import processes
+from kdcore.config import UserError, build, read_yaml, resolved
 from kdcore.run import RunDirectory, fingerprint, metric_row, provenance, read_json, read_log, write_json, write_text
 from kdcore.teacher_cache import TeacherCache
 
 Announce = Callable[[str], None]
-BASELINES = ("ials", "svd", "bpr")
 _ROLES = ("teacher", "student_alone", "student")
 
 
@@ -57,9 +58,11 @@ class Pipeline:
     """Runs the stages of a configuration in a run directory."""
 
     def __init__(self, config: RecsysConfig, out: str | os.PathLike[str], announce: Announce = lambda text: None):
-        self.config, self.announce = config, announce
-        self.run = RunDirectory.open(out)
-        _check(config)
+        check_config(config)
+        if Path(out).exists() and not Path(out).is_dir():
+            raise UserError(f"--out: {out} is a file, wanted a folder for the run")
+        self.config, self.announce = config, announce if processes.is_first_process() else lambda text: None
+        self.run = RunDirectory(Path(out))  # made when there is something to write
         self._splits: dict[int, Split] = {}
         self._dataset: Dataset | None = None
 
@@ -74,15 +77,26 @@ class Pipeline:
     # -- prepare ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> Dataset:
-        """Read and check the data, keep a canonical copy in the run, and write configuration and provenance."""
-        if self._dataset is not None:
-            return self._dataset
-        self._claim()
+        """Read and check the data, keep a canonical copy in the run, and write configuration and provenance.
+
+        Nothing is written before data and splits are known to be sound, so that a mistake leaves no run behind that
+        would refuse the corrected command.
+        """
+        if self._dataset is None:
+            with processes.first_process_first():
+                self._dataset = self._prepared()
+        return self._dataset
+
+    def _prepared(self) -> Dataset:
         folder = self.run.path / "data"
         if (folder / "dataset.json").exists():
+            self._refuse_other()
             self._dataset = load_dataset(folder)
         else:
             self._dataset = self._read()
+            for seed in self.config.seeds:
+                self.split(seed)
+            self.run.write_config(resolved(self.config))
             write_canonical(self._dataset, folder)
         if not (self.run.path / "provenance.json").exists():
             about = provenance(
@@ -93,14 +107,11 @@ class Pipeline:
             write_json(self.run.path / "provenance.json", about)
         return self._dataset
 
-    def _claim(self) -> None:
-        """Write the configuration, or refuse a folder that holds another run."""
-        mine = resolved(self.config)
-        theirs = self.run.read_config()
-        if theirs is None:
-            self.run.write_config(mine)
-        elif fingerprint(theirs) != fingerprint(mine):
-            changed = ", ".join(_differences(theirs, mine)[:5])
+    def _refuse_other(self) -> None:
+        """Refuse a folder that holds another run."""
+        mine, theirs = resolved(self.config), self.run.read_config()
+        if theirs is None or fingerprint(theirs) != fingerprint(mine):
+            changed = ", ".join(_differences(theirs or {}, mine)[:5])
             raise UserError(f"{self.run.path}: holds a run with other settings ({changed}); choose another --out")
 
     def _read(self) -> Dataset:
@@ -161,26 +172,20 @@ class Pipeline:
 
     def distill(self, seed: int) -> None:
         """Fit the baselines, the student alone and the taught student of a seed."""
-        for kind, options in self.config.baselines.items():
-            self._baseline(kind, options, seed)
+        for kind in self.config.baselines:
+            self._baseline(kind, seed)
         self._student_alone(seed)
         self._student(seed)
 
-    def _baseline(self, kind: str, options: dict[str, Any], seed: int) -> None:
+    def _baseline(self, kind: str, seed: int) -> None:
         folder = self._folder(f"baselines/{kind}", seed)
-        student = self.config.student
-        dimension = student.options.get("dimension", 8)
         if kind == "svd":
-            teacher = self.teach(seed)
+            teacher, dimension = self.teach(seed), student_dimension(self.config)
             key = self._key("svd", seed, {"dimension": dimension, "teacher": model_fingerprint(teacher)})
             split = self.split(seed)
-            self._keep(folder, key, lambda: _timed(lambda: fit_svd(teacher, split.train, dimension, seed)))
+            self._keep(folder, key, lambda: _timed(lambda: fit_svd(teacher, split.train, dimension, seed)), alone=True)
             return
-        if kind == "ials":
-            config = ModelConfig("ials", {"dimension": dimension, **options}, trainer=student.trainer)
-        else:
-            optimization = build(Optimization, {"loss": "bpr", **options}, "baselines.bpr")
-            config = ModelConfig("mf", {"dimension": dimension}, optimization, student.trainer)
+        config = baseline_config(self.config, kind)
         self._fit("baseline", seed, self._key(kind, seed, resolved(config)), config, folder)
 
     def _student_alone(self, seed: int) -> None:
@@ -197,7 +202,7 @@ class Pipeline:
             "teacher": model_fingerprint(teacher),
         }
         key = self._key("student", seed, settings)
-        if _belongs(folder, key):
+        if processes.agree(_belongs(folder, key)):
             return
         student, knowledge = self.taught(seed, self.config)
         self._fit("student", seed, key, config, folder, student=student, knowledge=knowledge)
@@ -248,20 +253,22 @@ class Pipeline:
                 **taught,
             )
 
-        return self._keep(folder, key, fit)
+        return self._keep(folder, key, fit, alone=config.kind in fitting.SOLVED)
 
-    def _keep(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted]) -> Recommender:
-        """Return the model stored under ``key``, or fit and store it."""
-        if not _belongs(folder, key):
-            fitted = fit()
-            save_model(
-                fitted.model,
-                folder,
-                key=key,
-                train_seconds=round(fitted.seconds, 3),
-                train_cpu_seconds=round(fitted.cpu_seconds, 3),
-                epochs=fitted.epochs,
-            )
+    def _keep(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted], *, alone: bool) -> Recommender:
+        """Return the model stored under ``key``, or fit and store it; ``alone`` if one process is enough to fit it."""
+        if not processes.agree(_belongs(folder, key)):
+            fitted = fit() if processes.is_first_process() or not alone else None
+            if fitted is not None and processes.is_first_process():
+                save_model(
+                    fitted.model,
+                    folder,
+                    key=key,
+                    train_seconds=round(fitted.seconds, 3),
+                    train_cpu_seconds=round(fitted.cpu_seconds, 3),
+                    epochs=fitted.epochs,
+                )
+            processes.barrier()
         return load_model(folder)
 
     def _key(self, role: str, seed: int, settings: dict[str, Any]) -> str:
@@ -285,12 +292,18 @@ class Pipeline:
 
     def evaluate(self) -> list[dict[str, Any]]:
         """Measure every model of every seed on validation and test; write metrics, slices and per-user values."""
+        with processes.first_process_first():
+            return self._evaluated() if processes.is_first_process() else self.run.read_metrics()
+
+    def _evaluated(self) -> list[dict[str, Any]]:
         rows, sliced = [], []
         tested: dict[tuple[str, str], list[Evaluation]] = {}
         for seed in self.config.seeds:
             split = self.split(seed)
             for part in ("valid", "test"):
-                evaluator = Evaluator(split, part, self.config.metrics)
+                # the monitor decides which seed is deployed, whether it was asked for or not
+                monitor = [self.config.student.trainer.monitor] if part == "valid" else []
+                evaluator = Evaluator(split, part, [*self.config.metrics, *monitor])
                 for cell in self.cells(seed):
                     model = load_model(cell.folder)
                     self.announce(f"seed {seed}: evaluating {model.label()} on {part}")
@@ -302,11 +315,15 @@ class Pipeline:
                         tested.setdefault((cell.role, _model_name(cell, model)), []).append(evaluation)
                         sliced += [] if cell.role == "baseline" else self._slices(cell, model, evaluation, split)
         self.run.write_metrics(rows)
-        metric = next(name for name in self.config.metrics if not name.startswith(("coverage", "novelty", "gini")))
-        write_json(self.run.path / "slices.json", {"metric": metric, "slices": sliced})
-        write_json(self.run.path / "comparisons.json", compare(tested, metric))
+        write_json(self.run.path / "slices.json", {"metric": self._metric, "slices": _one_label(sliced)})
+        write_json(self.run.path / "comparisons.json", compare(tested, self._metric))
         self._gather_log()
         return rows
+
+    @property
+    def _metric(self) -> str:
+        """The metric of slices and comparisons: the first that has a value per user."""
+        return next(metric.name for metric in map(parse_metric, self.config.metrics) if metric.per_user)
 
     def evaluations(self, seed: int, part: str) -> list[tuple[str, str, Evaluation]]:
         """Return (role, model name, stored evaluation) of every model of a seed."""
@@ -338,7 +355,7 @@ class Pipeline:
 
     def _slices(self, cell: Cell, model: Recommender, evaluation: Evaluation, split: Split) -> list[dict[str, Any]]:
         about = {"role": cell.role, "model": _model_name(cell, model), "seed": cell.seed}
-        return [{**row, **about} for row in slices(evaluation, split)]
+        return [{**row, **about} for row in slices(evaluation, split, self._metric)]
 
     def _gather_log(self) -> None:
         """Write the epochs of all models, in the order of the table, as the run's log."""
@@ -350,20 +367,26 @@ class Pipeline:
 
     def deploy(self) -> int:
         """Copy the models of the seed whose student validates best to the top of the run; return that seed."""
-        metric = self.config.student.trainer.monitor
+        metric = parse_metric(self.config.student.trainer.monitor).name
         rows = [row for row in self.run.read_metrics() if row["role"] == "student" and row["split"] == "valid"]
         sign = 1.0 if self.config.student.trainer.mode == "max" else -1.0
         best = max(rows, key=lambda row: sign * row["metrics"][metric])["seed"]
+        with processes.first_process_first():
+            if processes.is_first_process():
+                self._copy_models(best)
+        return int(best)
+
+    def _copy_models(self, best: int) -> None:
         for role in _ROLES:
             source, target = self._folder(role, best), self.run.path / role
-            if target.exists() and read_json(target / "model.json") == read_json(source / "model.json"):
+            whole = (target / "model.json").exists()  # a kill may have left a part
+            if whole and read_json(target / "model.json") == read_json(source / "model.json"):
                 continue
             temporary = target.with_name(f".{role}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.copytree(source, temporary)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-        return int(best)
 
     def run_all(self) -> list[dict[str, Any]]:
         """Run every stage and write the report."""
@@ -374,17 +397,6 @@ class Pipeline:
         rows = self.evaluate()
         self.deploy()
         return rows
-
-
-def alone_config(config: RecsysConfig) -> ModelConfig:
-    """Return how the student is trained without a teacher: as with one, but for what ``student.alone`` sets."""
-    student = config.student
-    plain = resolved(ModelConfig(student.kind, student.options, student.optimization, student.trainer))
-    for section, values in student.alone.items():
-        if section not in ("optimization", "options", "trainer") or not isinstance(values, dict):
-            raise UserError(f"student.alone: got {section!r}, wanted optimization, options or trainer with settings")
-        plain[section] = {**plain[section], **values}
-    return build(ModelConfig, plain, "student.alone")
 
 
 def latency_ms(model: Recommender, split: Split, part: str, users: int = 100) -> dict[str, float]:
@@ -399,33 +411,6 @@ def latency_ms(model: Recommender, split: Split, part: str, users: int = 100) ->
         top_k(model, np.array([user]), 10, histories, seen)
         times.append((time.perf_counter() - start) * 1e3)
     return {"p50": round(float(np.percentile(times, 50)), 3), "p99": round(float(np.percentile(times, 99)), 3)}
-
-
-def _check(config: RecsysConfig) -> None:
-    """Refuse at once what would fail after hours."""
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds, at least one")
-    for kind in config.baselines:
-        if kind not in BASELINES:
-            raise UserError(f"baselines: got {kind!r}, {nearest(kind, BASELINES)}")
-    for name, each in config.knowledge.items():
-        if name not in KNOWLEDGE:
-            raise UserError(f"knowledge: got {name!r}, {nearest(name, KNOWLEDGE)}")
-        build_options(f"knowledge.{name}", KNOWLEDGE[name].options_type, each.options)
-    if config.split.kind not in ("leave_last_out", "ratio", "global_time", "files"):
-        wanted = nearest(config.split.kind, ("leave_last_out", "ratio", "global_time", "files"))
-        raise UserError(f"split.kind: got {config.split.kind!r}, {wanted}")
-    varies = config.split.kind == "ratio" and config.split.seed is None
-    if config.teacher.seed is not None and varies and len(config.seeds) > 1:
-        raise UserError("teacher.seed: one teacher for all seeds needs one split; set split.seed as well")
-    if config.student.initialize not in ("random", "svd"):
-        raise UserError(f"student.initialize: got {config.student.initialize!r}, wanted 'random' or 'svd'")
-    alone_config(config)
-    for model in (config.teacher, config.student, *config.teacher.members):
-        if model.kind not in fitting.KINDS:
-            raise UserError(f"model kind: got {model.kind!r}, {nearest(model.kind, fitting.KINDS)}")
-        if model.kind != Ensemble.kind:
-            fitting.model_options(model.kind, model.options)
 
 
 def _knowledge(name: str, options: dict[str, Any], lessons: TeacherLessons) -> Knowledge:
@@ -446,6 +431,21 @@ def _timed(fit: Callable[[], Recommender]) -> fitting.Fitted:
     started = time.perf_counter(), time.process_time()
     model = fit()
     return fitting.Fitted(model, time.perf_counter() - started[0], time.process_time() - started[1])
+
+
+def _one_label(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the n-th slice of an axis one label for all seeds: with a random split its bounds differ a little."""
+    bounds: dict[tuple[str, int], tuple[int, int]] = {}
+    for row in rows:
+        low, high = map(int, row["slice"].split("-"))
+        known = bounds.get((row["axis"], row["position"]), (low, high))
+        bounds[row["axis"], row["position"]] = min(low, known[0]), max(high, known[1])
+    names = {"activity": "user activity (interactions)", "popularity": "item popularity (interactions)"}
+    labelled = []
+    for row in rows:
+        low, high = bounds[row["axis"], row["position"]]
+        labelled.append({**row, "axis": names[row["axis"]], "slice": f"{low}-{high}"})
+    return labelled
 
 
 def _belongs(folder: Path, key: str) -> bool:

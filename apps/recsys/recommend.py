@@ -72,10 +72,7 @@ def recommend(run: Path, role: str, users: str, k: int, exclude_seen: bool, out:
     dataset, model = open_run(run, role)
     if not 1 <= k <= dataset.n_items:
         raise UserError(f"--k: got {k}, wanted 1 to {dataset.n_items}, the number of items")
-    if users == "all":
-        chosen = ChosenUsers(np.arange(dataset.n_users), 0)
-    else:
-        chosen = read_users(Path(users), dataset)
+    chosen = ChosenUsers(np.arange(dataset.n_users), 0) if users == "all" else read_users(Path(users), dataset)
     rows = 0
     with atomic_path(out) as temporary, pq.ParquetWriter(temporary, _schema(dataset), compression="zstd") as writer:
         for table in _tables(dataset, model, chosen.rows, k, exclude_seen):

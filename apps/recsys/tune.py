@@ -7,14 +7,16 @@ the same sampler (Optuna's TPE) on the same validation split, and the test part 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from apps.recsys import fitting
-from apps.recsys.config import ModelConfig, RecsysConfig
+from apps.recsys.config import ModelConfig, RecsysConfig, alone_config, baseline_config
 from apps.recsys.evaluate import Evaluator
-from apps.recsys.pipeline import Pipeline, alone_config
+from apps.recsys.pipeline import Pipeline
 from kdcore.config import UserError, apply_overrides, build, resolved
 from kdcore.run import read_log, write_text
 
@@ -36,6 +38,10 @@ _IALS: Space = {
     "regularization": (1e-2, 1e2, "log"),
     "alpha": (0.3, 30.0, "log"),
     "iterations": (5, 40, "integer"),
+}
+_BASELINES: Mapping[str, Space] = {
+    "ials": _IALS,
+    "bpr": {path.removeprefix("optimization."): bounds for path, bounds in _GRADIENT.items()},
 }
 _KNOWLEDGE: Mapping[str, Space] = {
     "relaxed_ranking": {
@@ -70,13 +76,10 @@ class Tuner:
         self.pipeline.prepare()
         settings = resolved(self.config)
         alone = self._search("student_alone", self._own_space(), self._alone)
-        settings["student"]["alone"] = _nested(alone)
-        for kind in self.config.baselines:
-            if kind == "ials":
-                settings["baselines"][kind].update(self._search(kind, _IALS, self._ials))
-            elif kind == "bpr":
-                found = self._search(kind, _GRADIENT, self._alone)
-                settings["baselines"][kind].update(_nested(found)["optimization"])
+        settings["student"]["alone"] = _merged(settings["student"]["alone"], alone)
+        for kind, space in _BASELINES.items():
+            if kind in self.config.baselines:
+                settings["baselines"][kind].update(self._search(kind, space, partial(self._baseline, kind)))
         space = dict(self._own_space())
         for name in self.config.knowledge:
             space |= {f"knowledge.{name}.{path}": bounds for path, bounds in _KNOWLEDGE[name].items()}
@@ -91,48 +94,59 @@ class Tuner:
         return _SEQUENTIAL if self.config.student.kind == "sasrec" else _GRADIENT
 
     def _search(self, part: str, space: Space, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
-        """Return the best values of one part's space; earlier trials are read from ``trials.jsonl``."""
+        """Return the best values of one part's space; earlier trials are read from ``trials.jsonl``.
+
+        Every trial has a sampler of its own seed, so a search that was killed proposes what it would have proposed.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            direction="maximize" if self.config.student.trainer.mode == "max" else "minimize",
-            sampler=optuna.samplers.TPESampler(seed=self.seed),
-        )
+        study = optuna.create_study(direction=self._direction)
         file = self.out / "trials.jsonl"
+        trials = read_log(file)
         distributions = {path: _distribution(bounds) for path, bounds in space.items()}
-        for done in read_log(file):
-            if done["part"] == part and set(done["values"]) == set(space):
-                known = optuna.trial.create_trial(
-                    params=done["values"], distributions=distributions, value=done["score"]
-                )
-                study.add_trial(known)
+        earlier = [done for done in trials if done["part"] == part and set(done["values"]) == set(space)]
+        for done in earlier[: self.trials]:  # no part may profit from trials the others do not get
+            study.add_trial(
+                optuna.trial.create_trial(params=done["values"], distributions=distributions, value=done["score"])
+            )
         while len(study.trials) < self.trials:
+            study.sampler = optuna.samplers.TPESampler(seed=self.seed * 1_000_003 + len(study.trials))
             trial = study.ask(distributions)
-            value = score(dict(trial.params))
+            value = self._tried(score, dict(trial.params))
             study.tell(trial, value)
-            with open(file, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"part": part, "values": trial.params, "score": value}) + "\n")
+            trials.append({"part": part, "values": trial.params, "score": value})
+            # the whole file, atomically: a line torn by a kill would hide all that came after it
+            write_text(file, "".join(json.dumps(done) + "\n" for done in trials))
             self.announce(
                 f"{part}: trial {len(study.trials)} of {self.trials}: {value:.4f}, best {study.best_value:.4f}"
             )
         return dict(study.best_params)
+
+    @property
+    def _direction(self) -> Literal["maximize", "minimize"]:
+        return "maximize" if self.config.student.trainer.mode == "max" else "minimize"
+
+    def _tried(self, score: Callable[[dict[str, Any]], float], values: dict[str, Any]) -> float:
+        """Return the score of one trial; one that diverged is the worst there is, and the search goes on."""
+        try:
+            return score(values)
+        except FloatingPointError:
+            return -math.inf if self._direction == "maximize" else math.inf
 
     def _score(self, config: ModelConfig, **taught: Any) -> float:
         """Return the best validation metric of one fit."""
         split = self.pipeline.split(self.seed)
         evaluator = Evaluator(split, "valid", (config.trainer.monitor,))
         fitted = fitting.fit_model(config, split, evaluator, seed=self.seed, **taught)
-        return evaluator(fitted.model).means[config.trainer.monitor]
+        return evaluator(fitted.model).values[config.trainer.monitor]
 
     def _alone(self, values: dict[str, Any]) -> float:
         config = resolved(alone_config(self.config))
         return self._score(build(ModelConfig, _merged(config, values)))
 
-    def _ials(self, values: dict[str, Any]) -> float:
-        student = self.config.student
-        options = {"dimension": student.options.get("dimension", 8), **values}
-        return self._score(ModelConfig("ials", options, trainer=student.trainer))
+    def _baseline(self, kind: str, values: dict[str, Any]) -> float:
+        return self._score(baseline_config(self.config, kind, values))
 
     def _student(self, values: dict[str, Any]) -> float:
         own = {path: value for path, value in values.items() if not path.startswith("knowledge.")}
@@ -154,7 +168,3 @@ def _distribution(bounds: tuple[float, float, str]) -> optuna.distributions.Base
 
 def _merged(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return apply_overrides(settings, [(path, json.dumps(value)) for path, value in values.items()])
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    return _merged({}, values)

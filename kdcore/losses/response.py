@@ -192,18 +192,37 @@ def sparse_soft_targets(
     rows, elements = element_mask(mask, tuple(items.shape))
     log_q = torch.log_softmax(hide(in_full_precision(student), rows) / temperature, 1)
     log_p = teacher_like(teacher_log_probs, log_q)
-    column = items
-    if elements is not None:
-        log_p = log_p.masked_fill(~elements, -torch.inf)
-        column = items.masked_fill(~elements, classes)  # one column more than there are classes, cut off below
-        items = items.masked_fill(~elements, 0)
-    kept = log_q.new_zeros((len(log_q), classes + 1), dtype=torch.bool).scatter_(1, column, True)[:, :classes]
-    # Summed up, not 1 - the kept: it keeps its digits where the lump is small.
-    lump_q = torch.logsumexp(log_q.masked_fill(kept, -torch.inf), 1, keepdim=True)
+    valid_items = torch.ones_like(items, dtype=torch.bool) if elements is None else elements
+    log_p = log_p.masked_fill(~valid_items, -torch.inf)
+    items = items.masked_fill(~valid_items, 0)
+    kept_q = log_q.gather(1, items).masked_fill(~valid_items, -torch.inf)
+    lump_q = _rest(kept_q, log_q, items, valid_items)
     lump_p = (-torch.expm1(torch.logsumexp(log_p, 1, keepdim=True))).clamp(min=0).log()
-    lump_p = lump_p.masked_fill(kept.all(1, keepdim=True), -torch.inf)  # rounding must not leave mass in no class
-    losses = _kl(torch.cat([log_p, lump_p], 1), torch.cat([log_q.gather(1, items), lump_q], 1))
+    everything_kept = valid_items.sum(1, keepdim=True) == classes
+    lump_p = lump_p.masked_fill(everything_kept, -torch.inf)  # rounding must not leave mass in no class
+    losses = _kl(torch.cat([log_p, lump_p], 1), torch.cat([kept_q, lump_q], 1))
     return reduce_rows(losses * temperature**2, rows, reduction)
+
+
+# Below this the lump, as 1 - the kept, has lost digits (float32 keeps 5 of them here) and is summed up instead.
+_SMALL_LUMP = 1e-2
+
+
+def _rest(kept: Tensor, log_probs: Tensor, items: Tensor, valid: Tensor) -> Tensor:
+    """Return the log-probability [B, 1] of all classes but those kept (log-probabilities [B, K], -inf if not valid).
+
+    1 - the kept needs no pass over all classes; only rows where it would lose digits are summed up.
+    """
+    mass = torch.logsumexp(kept, 1, keepdim=True)
+    few = (mass.detach().exp() > 1 - _SMALL_LUMP)[:, 0]
+    rest = torch.log1p(-torch.exp(mass.masked_fill(few[:, None], -1.0)))
+    if not bool(few.any()):
+        return rest
+    part, classes = log_probs[few], log_probs.shape[1]
+    column = items[few].masked_fill(~valid[few], classes)  # one column more than there are classes, cut off below
+    out = part.new_zeros((len(part), classes + 1), dtype=torch.bool).scatter_(1, column, True)[:, :classes]
+    summed = torch.logsumexp(part.masked_fill(out, -torch.inf), 1, keepdim=True)
+    return rest.index_put((few.nonzero()[:, 0],), summed)
 
 
 @register(

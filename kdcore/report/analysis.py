@@ -31,8 +31,8 @@ GROUP_TITLES = {
     TEACHER: "Teacher",
     ASSISTANT: "Assistant",
     STUDENT: "Student, with the teacher",
-    SAME_SIZE: "No teacher, the student's size or smaller",
-    LARGER: "No teacher, larger than the student",
+    SAME_SIZE: "Baselines of the student's size or smaller",
+    LARGER: "Baselines larger than the student",
 }
 
 

@@ -104,7 +104,7 @@ def _tiles(comparison: Comparison) -> str:
         difference = comparison.differences[comparison.reference.key]
         estimate = difference.estimate
         value = signed(estimate.value, decimals) if difference.quotable else DASH
-        tiles.append((f"Against {comparison.reference.label}, no teacher", value, interval(estimate, decimals)))
+        tiles.append((f"Against {comparison.reference.label}, a baseline", value, interval(estimate, decimals)))
         if comparison.gap is not None and difference.quotable:
             gap = comparison.gap
             known = gap.low is not None and gap.high is not None

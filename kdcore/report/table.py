@@ -27,8 +27,8 @@ from kdcore.report.verdict import verdict
 # Headings short enough for the first column of a terminal.
 SHORT_TITLES = GROUP_TITLES | {
     STUDENT: "Student, taught",
-    SAME_SIZE: "No teacher, student's size",
-    LARGER: "No teacher, larger",
+    SAME_SIZE: "Baselines, same size",
+    LARGER: "Baselines, larger",
 }
 
 

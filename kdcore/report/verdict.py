@@ -23,11 +23,9 @@ def verdict(comparison: Comparison | None) -> str:
         f"{number(student.mean(metric), decimals)} {metric_name(metric)}{lower}"
     )
     if comparison.reference is None:
-        return (
-            f"{opening}; no model of its size without a teacher was run, so nothing shows what the teacher was worth."
-        )
+        return f"{opening}; no baseline of its size was run, so nothing shows what the teacher was worth."
     difference = comparison.differences[comparison.reference.key]
-    against = f"the best model of its size without a teacher ({_name(comparison.reference, student)})"
+    against = f"the best baseline of its size ({_name(comparison.reference, student)})"
     return f"{opening}: {_against(difference, against, decimals)}{_gap(comparison, difference)}."
 
 

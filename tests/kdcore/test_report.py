@@ -102,7 +102,7 @@ def test_verdict_names_value_interval_reference_and_gap() -> None:
     text = verdict(comparison)
     assert text.startswith("The student small (100 parameters) reaches 0.4600 NDCG@10: +0.0400 (95 % interval")
     assert f"{expected.low:+.4f} to {expected.high:+.4f}" in text
-    assert "over the best model of its size without a teacher (simple)" in text
+    assert "over the best baseline of its size (simple)" in text
     assert text.endswith("and closes 50 % of the gap to the teacher (big).")
     assert any(
         "+0.0600" in remark and "same student trained without a teacher" in remark for remark in remarks(comparison)
@@ -294,7 +294,7 @@ def test_report_shows_every_part(tmp_path: Path) -> None:
         "Loss: ranking",
         "NDCG@10 by user activity",
         "NDCG@10 by item popularity",
-        "No teacher, the student's size or smaller",
+        "Baselines of the student's size or smaller",
         "top_n: 10",
         "versions.torch",
         "recall@10",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from apps.recsys.data.histories import Histories
 from apps.recsys.models.base import DotRecommender, Encoded
 from apps.recsys.sampling import Membership
+from kdcore.config import UserError
 from kdcore.trainer import Batch
 
 
@@ -24,7 +25,8 @@ from kdcore.trainer import Batch
 class TeacherLists:
     """The teacher's top-K unobserved items of every query, best first, and their scores (memory-mapped).
 
-    ``items`` int32 [n_queries, K], ``scores`` float32 [n_queries, K].
+    ``items`` int32 [n_queries, K], ``scores`` float32 [n_queries, K]; a list that ends early goes on with item 0 of
+    score -inf.
     """
 
     items: np.ndarray
@@ -89,9 +91,14 @@ class Knowledge(nn.Module):
     name: ClassVar[str]
     options_type: ClassVar[type]
     items_ask: ClassVar[bool] = False  # True: queries are the batch's unique items, not its users
+    # what the student and the teacher must have; a sequential student has no vectors of all users at once
+    needs_user_vectors: ClassVar[bool] = False
+    needs_teacher_vectors: ClassVar[bool] = False
 
     def __init__(self, options: Any, lessons: Lessons) -> None:
         super().__init__()
+        if self.needs_user_vectors and lessons.by_position:
+            raise UserError(f"knowledge: {self.name} wants a student with a vector a user (mf, lightgcn), got sasrec")
         self.options, self.lessons = options, lessons
 
     def begin_epoch(self, epoch: int, max_epochs: int, student: DotRecommender, generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apps.recsys.knowledge.base import Knowledge, Lessons, Score
 from apps.recsys.models.base import DotRecommender, Encoded
-from kdcore.config import UserError
+from apps.recsys.models.options import above_zero, at_least
 from kdcore.losses import ranking
 from kdcore.trainer import Batch
 
@@ -23,6 +23,10 @@ class DistillationExpertsOptions:
     start: float = 1.0
     end: float = 1e-10
 
+    def __post_init__(self) -> None:
+        at_least(self, experts=1)
+        above_zero(self, "start", "end")
+
 
 class DistillationExperts(Knowledge):
     """Experts rebuild the teacher's user vectors from the student's, chosen by a gate that anneals to one expert.
@@ -32,6 +36,8 @@ class DistillationExperts(Knowledge):
 
     name = "distillation_experts"
     options_type = DistillationExpertsOptions
+    needs_user_vectors = True
+    needs_teacher_vectors = True
 
     def __init__(self, options: DistillationExpertsOptions, lessons: Lessons) -> None:
         super().__init__(options, lessons)
@@ -44,7 +50,8 @@ class DistillationExperts(Knowledge):
         self.register_buffer("temperature", torch.tensor(options.start, dtype=torch.float64))
 
     def _target(self, teacher: DotRecommender) -> Tensor:
-        return teacher.user_vectors(torch.arange(self.lessons.n_users), self.lessons.train)
+        users = torch.arange(self.lessons.n_users).split(512)  # a sequential teacher encodes a history for each
+        return torch.cat([teacher.user_vectors(block, self.lessons.train) for block in users])
 
     def _source(self, encoded: Encoded) -> Tensor:
         return encoded.user
@@ -61,7 +68,7 @@ class DistillationExperts(Knowledge):
     def loss(self, batch: Batch, queries: Tensor, score: Score, encoded: Encoded | None) -> Tensor:
         """Return || e_T - h ||^2, summed over queries."""
         if encoded is None:
-            raise UserError(f"{self.name}: wanted a student with user vectors (mf, two_tower), got sasrec")
+            raise TypeError(f"{self.name}: wanted the student's vectors, got None")
         source = self._source(encoded)[queries]
         return self.experts(source, self.target[queries], temperature=float(self.temperature), reduction="sum")
 

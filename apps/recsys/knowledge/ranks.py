@@ -9,9 +9,14 @@ from torch import Tensor
 
 from apps.recsys.knowledge.base import Knowledge, Lessons, Score
 from apps.recsys.models.base import DotRecommender, Encoded
+from apps.recsys.models.options import above_zero, at_least
 from apps.recsys.sampling import sample_unseen
+from kdcore.config import UserError
 from kdcore.losses import ranking
 from kdcore.trainer import Batch
+
+# users whose whole lists are scored at a time: bounds the memory of their vectors, [users, length, dimension] floats
+_RANK_USERS = 512
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,10 @@ class RankingDistillationOptions:
     mu: float = 0.1
     sample: int = 100
     warm_up: int = 10
+
+    def __post_init__(self) -> None:
+        at_least(self, length=1, sample=1, warm_up=0)
+        above_zero(self, "position_scale", "mu")
 
 
 class RankingDistillation(Knowledge):
@@ -49,9 +58,11 @@ class RankingDistillation(Knowledge):
 
     def prepare(self, queries: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Take the teacher's top-K and a uniform sample of unseen items."""
-        items, _ = self.lessons.lists(self.options.length).take(queries)
+        items, scores = self.lessons.lists(self.options.length).take(queries)
         users = self.lessons.user_of(queries)
-        return {"items": items, "sample": sample_unseen(self.lessons.seen(), users, self.options.sample, generator)}
+        sample = sample_unseen(self.lessons.seen(), users, self.options.sample, generator)
+        # a user with fewer unseen items than the list is long has a list that ends early
+        return {"items": items, "mask": torch.isfinite(scores), "sample": sample}
 
     def loss(self, batch: Batch, queries: Tensor, score: Score, encoded: Encoded | None) -> Tensor:
         """Return sum_r w_r * -log sigma(s_r), summed over queries."""
@@ -63,7 +74,7 @@ class RankingDistillation(Knowledge):
             weights = weights * ranking.ranking_discrepancy_weights(
                 scores.detach(), sample, n_items=self.lessons.n_items, mu=self.options.mu
             )
-        return ranking.ranking_distillation(scores, weights=weights, reduction="sum")
+        return ranking.ranking_distillation(scores, weights=weights, mask=batch["mask"], reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ class CollaborativeDistillationOptions:
     mu: float = 0.01
 
     def __post_init__(self) -> None:
+        at_least(self, length=1, sample=1)
+        above_zero(self, "temperature", "rank_scale", "mu")
         if self.sampling not in ("teacher", "student", "mixed"):
             raise ValueError(f"sampling: got {self.sampling!r}, wanted 'teacher', 'student' or 'mixed'")
 
@@ -99,6 +112,11 @@ class CollaborativeDistillation(Knowledge):
 
     def __init__(self, options: CollaborativeDistillationOptions, lessons: Lessons) -> None:
         super().__init__(options, lessons)
+        if options.sampling != "teacher" and lessons.by_position:
+            raise UserError(
+                f"{self.name}.sampling: got {options.sampling!r}, wanted 'teacher' for a sequential student: "
+                "its ranks at every position of the log are not kept"
+            )
         self.length = min(options.length, lessons.n_items)
         self.student_rank: Tensor
         guided = options.sampling != "teacher"
@@ -112,13 +130,15 @@ class CollaborativeDistillation(Knowledge):
         if not len(self.student_rank):
             return
         encoded = student.encode()
-        for start in range(0, len(self.student_rank), 4096):
-            users = torch.arange(start, min(start + 4096, len(self.student_rank)))
+        device = encoded.item.device
+        for users in torch.arange(len(self.student_rank)).split(_RANK_USERS):
             items, _ = self.lessons.lists(self.length).take(users)
-            listed = encoded.lists(users, items)
-            sample = encoded.lists(users, sample_unseen(self.lessons.seen(), users, 100, generator)).sort(dim=1).values
+            unseen = sample_unseen(self.lessons.seen(), users, 100, generator)
+            listed = encoded.lists(users.to(device), items.to(device))
+            sample = encoded.lists(users.to(device), unseen.to(device)).sort(dim=1).values
             above = sample.shape[1] - torch.searchsorted(sample, listed.contiguous(), right=True)
-            self.student_rank[users] = (above * self.lessons.n_items // sample.shape[1]).to(torch.int32)
+            ranks = (self.lessons.n_items - 1) * above // sample.shape[1]
+            self.student_rank[users.to(device)] = ranks.to(torch.int32)
 
     def prepare(self, queries: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw positions of the teacher's list and take their items and standardised scores."""
@@ -130,9 +150,12 @@ class CollaborativeDistillation(Knowledge):
             parts.append(ranking.teacher_guided_positions(n, self.length, by_teacher, options.rank_scale, generator))
             masks.append(torch.ones_like(parts[0], dtype=torch.bool))
         if by_teacher < k:
+            student_rank = self.student_rank[queries.to(self.student_rank.device)].cpu()
+            if parts:
+                student_rank = student_rank.scatter(1, parts[0], 0)  # what one half drew the other does not draw again
             positions, mask = ranking.student_guided_positions(
                 torch.arange(self.length).expand(n, -1),
-                self.student_rank[queries],
+                student_rank,
                 k - by_teacher,
                 mu=options.mu,
                 generator=generator,

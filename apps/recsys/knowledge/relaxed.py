@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from apps.recsys.data.histories import Histories
 from apps.recsys.knowledge.base import Knowledge, Lessons, Score, TeacherLists
 from apps.recsys.models.base import Encoded
+from apps.recsys.models.options import above_zero, at_least
 from apps.recsys.sampling import Membership, sample_unseen
-from kdcore.config import UserError
 from kdcore.losses import ranking
 from kdcore.trainer import Batch
 
@@ -31,6 +30,12 @@ class RelaxedRankingOptions:
     temperature: float = 10.0
     sampling: str = "exp"
 
+    def __post_init__(self) -> None:
+        at_least(self, length=1, interesting=1, uninteresting=1)
+        above_zero(self, "temperature")
+        if self.sampling not in ("exp", "none"):
+            raise ValueError(f"sampling: got {self.sampling!r}, wanted 'exp' or 'none'")
+
 
 class RelaxedRanking(Knowledge):
     """The order of interesting items above unordered uninteresting ones (Plackett-Luce, relaxed).
@@ -44,7 +49,6 @@ class RelaxedRanking(Knowledge):
     def __init__(self, options: RelaxedRankingOptions, lessons: Lessons) -> None:
         super().__init__(options, lessons)
         self.length = min(options.length, self._candidates())
-        self._excluded: Membership | None = None
         self._drawn: dict[str, Tensor] = {}
 
     def _candidates(self) -> int:
@@ -53,13 +57,12 @@ class RelaxedRanking(Knowledge):
     def _lists(self) -> TeacherLists:
         return self.lessons.lists(self.length)
 
-    def _uninteresting(self, queries: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw items neither seen nor in the teacher's list."""
-        if self._excluded is None:
-            lists = torch.from_numpy(np.asarray(self._lists().items, dtype=np.int64))
-            one_list_a_user = len(lists) == self.lessons.n_users
-            self._excluded = Membership(self.lessons.train, lists if one_list_a_user else None)
-        return sample_unseen(self._excluded, self.lessons.user_of(queries), self.options.uninteresting, generator)
+    def _seen(self) -> Membership:
+        return self.lessons.seen()
+
+    def _rows(self, queries: Tensor) -> Tensor:
+        """Return the row of ``_seen`` that each query stands for."""
+        return self.lessons.user_of(queries)
 
     def draw(self, generator: torch.Generator) -> None:
         """Draw every query's lists for the epoch, as the authors do, where a query comes up in many batches."""
@@ -84,11 +87,13 @@ class RelaxedRanking(Knowledge):
         positions = ranking.sample_interesting(
             len(queries), self.length, k, options.temperature, generator, sampling=options.sampling
         )
-        items, scores = self._lists().take(queries, positions)
+        listed, scores = self._lists().take(queries)
+        # neither seen nor in the teacher's list
+        uninteresting = sample_unseen(self._seen(), self._rows(queries), options.uninteresting, generator, listed)
         return {
-            "interesting": items.to(torch.int32),
-            "mask": torch.isfinite(scores),
-            "uninteresting": self._uninteresting(queries, generator).to(torch.int32),
+            "interesting": listed.gather(1, positions).to(torch.int32),
+            "mask": torch.isfinite(scores.gather(1, positions)),
+            "uninteresting": uninteresting.to(torch.int32),
         }
 
     def loss(self, batch: Batch, queries: Tensor, score: Score, encoded: Encoded | None) -> Tensor:
@@ -118,6 +123,7 @@ class ItemRelaxedRanking(RelaxedRanking):
     name = "item_relaxed_ranking"
     options_type = ItemRelaxedRankingOptions
     items_ask = True
+    needs_user_vectors = True
 
     def __init__(self, options: ItemRelaxedRankingOptions, lessons: Lessons) -> None:
         super().__init__(options, lessons)
@@ -129,18 +135,22 @@ class ItemRelaxedRanking(RelaxedRanking):
     def _lists(self) -> TeacherLists:
         return self.lessons.user_lists(self.length)
 
-    def _uninteresting(self, queries: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw users who neither had the item nor stand in its list."""
+    def _seen(self) -> Membership:
+        """Return which item has which user."""
         if self._transposed is None:
             train = self.lessons.train
-            by_item = Histories.from_pairs(train.items, train.users(), train.n_items, train.n_users)
-            self._transposed = Membership(by_item, torch.from_numpy(np.asarray(self._lists().items, dtype=np.int64)))
-        return sample_unseen(self._transposed, queries, self.options.uninteresting, generator)
+            self._transposed = Membership(
+                Histories.from_pairs(train.items, train.users(), train.n_items, train.n_users)
+            )
+        return self._transposed
+
+    def _rows(self, queries: Tensor) -> Tensor:
+        return queries
 
     def loss(self, batch: Batch, queries: Tensor, score: Score, encoded: Encoded | None) -> Tensor:
         """Return the relaxed ranking loss over users, summed over items."""
         if encoded is None:
-            raise UserError("item_relaxed_ranking: wanted a student with user vectors (mf, two_tower), got sasrec")
+            raise TypeError(f"{self.name}: wanted the student's vectors, got None")
         return ranking.relaxed_ranking(
             encoded.columns(queries, batch["interesting"]),
             encoded.columns(queries, batch["uninteresting"]),

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from apps.recsys.knowledge.base import Knowledge, Score
 from apps.recsys.models.base import Encoded
+from apps.recsys.models.kernels import LinearScore, linear_sparse_soft_targets
+from apps.recsys.models.options import above_zero, at_least
 from kdcore.losses import response
 from kdcore.trainer import Batch
 
@@ -22,6 +24,9 @@ class SoftTargetsOptions:
     temperature: float = 1.0
     # multiplies the standardised scores of a teacher without a scale of its own: how peaked the target is
     sharpness: float = 3.0
+
+    def __post_init__(self) -> None:
+        above_zero(self, "temperature", "sharpness")
 
 
 class SoftTargets(Knowledge):
@@ -55,6 +60,10 @@ class SparseSoftTargetsOptions:
     length: int = 100
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        at_least(self, length=1)
+        above_zero(self, "temperature")
+
 
 class SparseSoftTargets(Knowledge):
     """The teacher's softmax probabilities of its top items; what is left is one lump, matched as a whole.
@@ -74,10 +83,7 @@ class SparseSoftTargets(Knowledge):
 
     def loss(self, batch: Batch, queries: Tensor, score: Score, encoded: Encoded | None) -> Tensor:
         """Return T^2 KL(teacher || student) over the kept items and the lump, summed over queries."""
-        return response.sparse_soft_targets(
-            score(queries),
-            batch["items"],
-            batch["log_probs"],
-            temperature=self.options.temperature,
-            reduction="sum",
-        )
+        items, log_probs, temperature = batch["items"], batch["log_probs"], self.options.temperature
+        if isinstance(score, LinearScore):  # the same loss, without ever holding the scores of all items
+            return linear_sparse_soft_targets(score.hidden, score.weight, items, log_probs, temperature)
+        return response.sparse_soft_targets(score(queries), items, log_probs, temperature=temperature, reduction="sum")

@@ -56,27 +56,27 @@ class Encoded:
         self._table = item if bias is None else torch.cat([item, bias[:, None]], dim=1)
 
     def _users(self, users: Tensor) -> Tensor:
-        rows = _rows(self.user, users)
+        rows = gather_rows(self.user, users)
         return rows if self.bias is None else functional.pad(rows, (0, 1), value=1.0)
 
     def pair(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores [B] of pairs, users and items int64 [B]."""
-        return (self._users(users) * _rows(self._table, items)).sum(dim=-1)
+        return (self._users(users) * gather_rows(self._table, items)).sum(dim=-1)
 
     def lists(self, users: Tensor, items: Tensor) -> Tensor:
         """Return the scores [B, K] of item lists int64 [B, K] for users int64 [B]."""
-        return (_rows(self._table, items) * self._users(users)[:, None]).sum(dim=-1)
+        return (gather_rows(self._table, items) * self._users(users)[:, None]).sum(dim=-1)
 
     def columns(self, items: Tensor, users: Tensor) -> Tensor:
         """Return the scores [B, K] of user lists int64 [B, K] for items int64 [B]."""
-        return (self._users(users) * _rows(self._table, items)[:, None]).sum(dim=-1)
+        return (self._users(users) * gather_rows(self._table, items)[:, None]).sum(dim=-1)
 
     def everything(self, users: Tensor) -> Tensor:
         """Return the scores of all items [B, n_items] for users int64 [B]."""
         return self._users(users) @ self._table.T
 
 
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
+def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Return ``table[ids]``; embedding's gradient is several times as fast on a CPU as indexing's."""
     return functional.embedding(ids, table)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from apps.recsys.data.histories import Histories
 from apps.recsys.models.base import DotRecommender, Encoded
+from apps.recsys.models.options import above_zero, at_least
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,10 @@ class MatrixFactorizationOptions:
     bias: bool = True
     # standard deviation of the initial vectors
     scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(self, dimension=1)
+        above_zero(self, "scale")
 
 
 class MatrixFactorization(DotRecommender):
@@ -72,6 +79,10 @@ class LightGCNOptions:
     layers: int = 3
     scale: float = 0.1
 
+    def __post_init__(self) -> None:
+        at_least(self, dimension=1, layers=0)
+        above_zero(self, "scale")
+
 
 class LightGCN(DotRecommender):
     """Mean of linear propagations of one embedding table over the interaction graph (He et al., SIGIR 2020).
@@ -85,21 +96,16 @@ class LightGCN(DotRecommender):
         super().__init__()
         self.n_users, self.n_items, self.options = train.n_users, train.n_items, options
         self.embedding = nn.Parameter(torch.randn(self.n_users + self.n_items, options.dimension) * options.scale)
-        # the two halves of the symmetric normalised adjacency: users from items, items from users
-        matrix = train.matrix()
-        degrees = [torch.from_numpy(matrix.getnnz(axis=axis).astype("float32")).clamp(min=1) for axis in (1, 0)]
-        self._to_user = _normalised(matrix.tocsr(), degrees[0], degrees[1])
-        self._to_item = _normalised(matrix.T.tocsr(), degrees[1], degrees[0])
+        self._adjacency = _normalised_adjacency(train)
 
     def encode(self) -> Encoded:
         """Return the propagated vectors, averaged over 0..layers hops."""
-        user, item = self.embedding[: self.n_users], self.embedding[self.n_users :]
-        users, items = user, item
-        for _ in range(self.options.layers):
-            user, item = _Propagate.apply(item, user, self._to_user, self._to_item)
-            users, items = users + user, items + item
-        count = self.options.layers + 1
-        return Encoded(users / count, items / count, None)
+        if self._adjacency.device != self.embedding.device:
+            self._adjacency = self._adjacency.to(self.embedding.device)
+        user, item = _Propagate.apply(self.embedding, self._adjacency, self.options.layers).split(
+            [self.n_users, self.n_items]
+        )
+        return Encoded(user, item, None)
 
     @torch.no_grad()
     def finalize(self) -> MatrixFactorization:
@@ -118,28 +124,37 @@ class LightGCN(DotRecommender):
         return self.encode().item
 
 
-def _normalised(matrix: object, row_degree: Tensor, column_degree: Tensor) -> Tensor:
-    """Return D_row^-1/2 A D_column^-1/2 as a torch CSR tensor."""
-    indptr = torch.from_numpy(matrix.indptr.astype("int64"))  # type: ignore[attr-defined]
-    indices = torch.from_numpy(matrix.indices.astype("int64"))  # type: ignore[attr-defined]
-    row = torch.repeat_interleave(torch.arange(len(indptr) - 1), indptr.diff())
-    values = (row_degree[row] * column_degree[indices]).rsqrt()
-    return torch.sparse_csr_tensor(indptr, indices, values, size=matrix.shape)  # type: ignore[attr-defined]
+def _normalised_adjacency(train: Histories) -> Tensor:
+    """Return D^-1/2 A D^-1/2 of the graph of users and items, float32 CSR [n_users + n_items] squared, symmetric."""
+    pairs = train.matrix()
+    degree = [np.maximum(pairs.getnnz(axis=axis), 1).astype(np.float32) for axis in (1, 0)]
+    scaled = sparse.diags_array(degree[0] ** -0.5) @ pairs @ sparse.diags_array(degree[1] ** -0.5)
+    matrix = sparse.block_array([[None, scaled], [scaled.T, None]], format="csr", dtype=np.float32)
+    # scipy keeps 32-bit indices where they suffice, which the product wants: it would convert 64-bit ones each time
+    parts = [torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data)]
+    return torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=True)
 
 
 class _Propagate(torch.autograd.Function):
-    """One hop in both directions; the adjacency is symmetric, so the gradient is the hop itself.
+    """The mean over 0..layers hops, as a polynomial of the adjacency in Horner's form: one product a hop.
 
-    Autograd's own rule for sparse-times-dense transposes the matrix at every step, which costs more than the product.
+    The polynomial of a symmetric matrix is symmetric, so the gradient is the same propagation again. Autograd's own
+    rule for sparse-times-dense transposes the matrix at every step, which costs more than the product.
     """
 
     @staticmethod
-    def forward(ctx: object, item: Tensor, user: Tensor, to_user: Tensor, to_item: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.matrices = (to_user, to_item)  # type: ignore[attr-defined]
-        return to_user @ item, to_item @ user
+    def forward(ctx: object, embedding: Tensor, adjacency: Tensor, layers: int) -> Tensor:
+        ctx.graph = (adjacency, layers)  # type: ignore[attr-defined]
+        return _propagate(embedding, adjacency, layers)
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        to_user, to_item = ctx.matrices  # type: ignore[attr-defined]
-        user_gradient, item_gradient = gradients
-        return to_item @ user_gradient.contiguous(), to_user @ item_gradient.contiguous(), None, None
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _propagate(gradients[0].contiguous(), *ctx.graph), None, None  # type: ignore[attr-defined]
+
+
+def _propagate(vectors: Tensor, adjacency: Tensor, layers: int) -> Tensor:
+    """Return (E + A (E + A (...))) / (layers + 1) for vectors E [n, D]."""
+    total = vectors
+    for _ in range(layers):
+        total = torch.addmm(vectors, adjacency, total)
+    return total / (layers + 1)

@@ -13,10 +13,13 @@ from torch import Tensor
 from apps.recsys.data.histories import Histories
 from apps.recsys.models.base import Recommender
 from apps.recsys.models.factors import MatrixFactorization
+from apps.recsys.models.options import above_zero, at_least
 from kdcore.config import UserError
 
-# an item-by-item matrix of this many items takes 1.6 GB, and its inverse as much again
+# an item-by-item matrix of this many items takes 3.2 GB in float64, and its inverse as much again
 _EASE_MAX_ITEMS = 20_000
+# a score matrix of up to this many cells (half a GB in float64) is scored once and kept
+_SVD_HELD_CELLS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class EaseOptions:
     """Regularisation of EASE."""
 
     l2: float = 200.0
+
+    def __post_init__(self) -> None:
+        above_zero(self, "l2")
 
 
 class Ease(Recommender):
@@ -75,6 +81,10 @@ class IalsOptions:
     alpha: float = 1.0
     iterations: int = 15
 
+    def __post_init__(self) -> None:
+        at_least(self, dimension=1, iterations=1, regularization=0)
+        above_zero(self, "alpha")
+
 
 def fit_ials(train: Histories, options: IalsOptions, seed: int, threads: int = 0) -> MatrixFactorization:
     """Factorise implicit feedback by ALS (Hu, Koren and Volinsky, 2008) with the ``implicit`` library."""
@@ -106,7 +116,7 @@ def fit_svd(
 ) -> MatrixFactorization:
     """Return the best rank-``dimension`` factors of a teacher's score matrix (Eckart and Young, 1936).
 
-    The matrix is never held: the Lanczos solver multiplies it block of users by block of users.
+    A large matrix is never held: the Lanczos solver multiplies it block of users by block of users.
     """
     n_users, n_items = teacher.n_users, teacher.n_items
 
@@ -125,7 +135,7 @@ def fit_svd(
             total += block_scores(users).T @ vector[users]
         return total
 
-    if n_users * n_items <= 64_000_000:  # small enough to score once and keep
+    if n_users * n_items <= _SVD_HELD_CELLS:
         scores = np.concatenate([block_scores(users) for users in blocks()])
         operator = scipy.sparse.linalg.aslinearoperator(scores)
     else:
@@ -137,10 +147,14 @@ def fit_svd(
             rmatmat=multiply_transposed,
             dtype=np.float64,
         )
-    start = np.random.default_rng(seed).standard_normal(min(n_users, n_items))
-    left, values, right = scipy.sparse.linalg.svds(operator, k=dimension, v0=start)
+    kept = min(dimension, n_users, n_items)
+    if kept < min(n_users, n_items):
+        start = np.random.default_rng(seed).standard_normal(min(n_users, n_items))
+        left, values, right = scipy.sparse.linalg.svds(operator, k=kept, v0=start)
+    else:  # Lanczos finds all but the last; what is asked beyond the rank stays zero
+        left, values, right = np.linalg.svd(operator.matmat(np.eye(n_items)), full_matrices=False)
     root = np.sqrt(values)
-    user, item = left * root, right.T * root
+    user, item = (np.pad(side * root, ((0, 0), (0, dimension - kept))) for side in (left, right.T))
     fitted = MatrixFactorization.from_vectors(
         torch.from_numpy(user.astype(np.float32)), torch.from_numpy(item.astype(np.float32))
     )

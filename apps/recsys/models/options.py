@@ -9,6 +9,20 @@ from typing import Any, get_type_hints
 from kdcore.config import UserError, nearest
 
 
+def at_least(options: Any, **lowest: float) -> None:
+    """Raise ValueError, naming the option, if one is below its lowest value (or NaN)."""
+    for name, low in lowest.items():
+        if not getattr(options, name) >= low:
+            raise ValueError(f"{name}: got {getattr(options, name)}, wanted at least {low}")
+
+
+def above_zero(options: Any, *names: str) -> None:
+    """Raise ValueError, naming the option, if one is not above zero."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name}: got {getattr(options, name)}, wanted more than 0")
+
+
 def build_options(what: str, options_type: type, options: Mapping[str, Any]) -> Any:
     """Return a frozen options dataclass from a mapping; an unknown key or a value of the wrong type is a UserError."""
     known = {field.name for field in fields(options_type)}

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from apps.recsys.data.histories import Histories
 from apps.recsys.models.base import DotRecommender
+from apps.recsys.models.kernels import Dropout, dropout
+from apps.recsys.models.options import above_zero, at_least
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class SasrecOptions:
     scale: float = 0.02
 
     def __post_init__(self) -> None:
+        at_least(self, dimension=1, layers=1, heads=1, length=1, dropout=0)
+        above_zero(self, "scale")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout: got {self.dropout}, wanted less than 1")
         if self.dimension % self.heads:
             raise ValueError(f"heads: got {self.heads}, wanted a divisor of dimension {self.dimension}")
 
@@ -40,17 +46,29 @@ class _Block(nn.Module):
         self.heads, self.dropout = options.heads, options.dropout
         self.attention_norm, self.feed_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.feed = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Dropout(options.dropout), nn.Linear(d, d))
+        self.feed = nn.Sequential(nn.Linear(d, d), nn.ReLU(), Dropout(options.dropout), nn.Linear(d, d))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map float32 [B, T, D] to [B, T, D]; position t sees positions 0..t."""
         b, t, d = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        # sequences are padded on the right, so a valid position never looks at padding: no mask but the causal one
-        mixed = functional.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], dropout_p=dropout, is_causal=True)
-        x = x + functional.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), self.dropout, self.training)
-        return x + functional.dropout(self.feed(self.feed_norm(x)), self.dropout, self.training)
+        mixed = self._attend(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(b, t, d)
+        x = x + dropout(self.out(mixed), self.dropout, self.training)
+        return x + dropout(self.feed(self.feed_norm(x)), self.dropout, self.training)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the mixed values, all [B, heads, T, D / heads].
+
+        Sequences are padded on the right, so a valid position never looks at padding: no mask but the causal one.
+        """
+        rate = self.dropout if self.training else 0.0
+        if rate == 0.0 or query.device.type != "cpu":
+            return functional.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
+        # with dropout torch's CPU form materialises the weights as well, and draws its mask slowly
+        t, width = query.shape[-2:]
+        future = torch.full((t, t), -torch.inf, dtype=query.dtype).triu(1)
+        weights = torch.softmax(query * width**-0.5 @ key.transpose(-2, -1) + future, dim=-1)
+        return dropout(weights, rate, True) @ value
 
 
 class Sasrec(DotRecommender):
@@ -76,7 +94,7 @@ class Sasrec(DotRecommender):
         t = sequences.shape[1]
         # counted from the end of the window, positions would shift while a user is served; from its start they stay
         x = functional.embedding(sequences, self.item) * self.options.dimension**0.5 + self.position[:t]
-        x = functional.dropout(x, self.options.dropout, self.training)
+        x = dropout(x, self.options.dropout, self.training)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from apps.recsys.models.base import Recommender
@@ -66,11 +67,11 @@ def load_model(folder: str | Path) -> Recommender:
     folder = Path(folder)
     if not (folder / "model.json").exists():
         raise UserError(f"{folder}: no model here (model.json is missing)")
-    description = read_json(folder / "model.json")
     try:
+        description = read_json(folder / "model.json")
         model = _empty(description)
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a model of this version: {' '.join(str(error).split())}") from None
     return model.eval()
 

@@ -1,0 +1,132 @@
+"""Writes the README's tables from ``benchmarks/results/*.json``: no figure in the README is typed by hand.
+
+Run ``python -m benchmarks.readme`` after a benchmark; ``--check`` only says whether the README is in step.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdcore.run import read_json, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Return the table of the dimension-8 students on ml-100k."""
+    lines = [
+        "| teacher | teacher's NDCG@10 | best plain model | SVD of the teacher | student alone | **student** "
+        "| gap closed | over SVD |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in result["runs"].values():
+        summary = run["summary"]
+        models = summary["models"]
+        name = {role: next(n for n in models if n.startswith(f"{role}/")) for role in ("teacher", "student")}
+        alone, svd = (next(n for n in models if n.startswith(p)) for p in ("student_alone/", "baseline/svd"))
+        best, closed = summary["best_plain"], summary["gap_closed"]
+        over = summary["student_minus"][svd]
+        cells = [
+            name["teacher"].split("/")[1],
+            _mean(models[name["teacher"]]),
+            f"{best.split('/')[1]} {_mean(models[best])}",
+            _mean(models[svd]),
+            _mean(models[alone]),
+            f"**{_mean(models[name['student']])}**",
+            f"{closed['value']:.0%} [{closed['low']:.0%}, {closed['high']:.0%}]",
+            f"{over['value']:+.4f} [{over['low']:+.4f}, {over['high']:+.4f}]",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = len(next(iter(result["runs"].values()))["settings"]["seeds"])
+    lines += [
+        "",
+        f"{result['data']}; NDCG@10 on test, mean ± sd over {seeds} seeds, intervals 95 % over users and seeds; "
+        f"{result['trials_each']} search trials on validation for every model alike. "
+        "`kd recsys bench quality --json benchmarks/results/recsys_quality.json`",
+    ]
+    return "\n".join(lines)
+
+
+def beauty(result: dict[str, Any]) -> str:
+    """Return the table of the small SASRec on Beauty."""
+    run = next(iter(result["runs"].values()))
+    models = run["summary"]["models"]
+    params = {f"{row['role']}/{row['model']}": row["params"] for row in run["rows"]}
+    lines = ["| model | role | parameters | NDCG@10 on test |", "|---|---|---|---|"]
+    for name, values in models.items():
+        role, model = name.split("/")
+        lines.append(f"| {model} | {role.replace('_', ' ')} | {params[name]:,} | {_mean(values)} |")
+    kept = run["summary"]["kept_of_teacher"]
+    teacher, student = (next(n for n in models if n.startswith(f"{role}/")) for role in ("teacher", "student"))
+    lines += [
+        "",
+        f"{result['data']}; the student keeps {kept:.1%} of the teacher's NDCG@10 with "
+        f"1/{params[teacher] / params[student]:.1f} of its parameters (mean ± sd over "
+        f"{len(run['settings']['seeds'])} seeds of the student, one teacher). "
+        "`kd recsys bench beauty --json benchmarks/results/recsys_beauty.json`",
+    ]
+    return "\n".join(lines)
+
+
+def teachers(result: dict[str, Any]) -> str:
+    """Return the table of teachers under the protocols other libraries report."""
+    lines = ["| teacher | protocol | NDCG@10 | HR@10 |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(f"| {row['model']} | {row['protocol']} | {_mean(row['ndcg@10'])} | {_mean(row['hr@10'])} |")
+    return "\n".join([*lines, "", "`kd recsys bench teachers --json benchmarks/results/recsys_teachers.json`"])
+
+
+def evaluate(result: dict[str, Any]) -> str:
+    """Return the sentence on full evaluation."""
+    return (
+        f"Full evaluation of {result['users']:,} users x {result['items']:,} items at dimension "
+        f"{result['dimension']}: {result['seconds']:.1f} s on {result['threads']} threads "
+        f"({result['gflop_per_s']:.0f} GFLOP/s), {result['peak_rss_bytes'] / 1e9:.2f} GB. "
+        "`kd recsys bench evaluate --json benchmarks/results/recsys_evaluate.json`"
+    )
+
+
+def _mean(values: dict[str, Any]) -> str:
+    return f"{values['mean']:.4f}" + (f" ± {values['sd']:.4f}" if values["sd"] else "")
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "recsys_quality": quality,
+    "recsys_beauty": beauty,
+    "recsys_teachers": teachers,
+    "recsys_evaluate": evaluate,
+}
+
+
+def render(text: str) -> str:
+    """Return the README's text with every generated section renewed."""
+    for name, section in SECTIONS.items():
+        file = RESULTS / f"{name}.json"
+        body = section(read_json(file)) if file.exists() else "Not measured yet."
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md: no section {name!r}")
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """Renew the README, or check it."""
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = render(old)
+    if "--check" in sys.argv[1:]:
+        if old != new:
+            print("README.md is not in step with benchmarks/results: run python -m benchmarks.readme", file=sys.stderr)
+        return int(old != new)
+    write_text(readme, new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
