@@ -29,7 +29,17 @@ NOUNS = (
     "Summer", "Teacher", "Theatre", "Thief", "Tiger", "Tower", "Traveller", "Valley", "Voyage", "Whisper", "Window",
     "Witness",
 )  # fmt: skip
-PATTERNS = ("The {adjective} {noun}", "{adjective} {noun}", "A {adjective} {noun}", "{noun} of the {adjective} {other}")
+PATTERNS = (
+    "The {adjective} {noun}",
+    "{adjective} {noun}",
+    "{article} {adjective} {noun}",
+    "{noun} of the {adjective} {other}",
+)
+    "The {adjective} {noun}",
+    "{adjective} {noun}",
+    "{article} {adjective} {noun}",
+    "{noun} of the {adjective} {other}",
+)
 
 
 def title_words(count: int, rng: np.random.Generator) -> list[str]:
@@ -63,7 +73,8 @@ def _title(position: int, is_long: bool) -> str:
     if not is_long:
         rest, pattern = divmod(position, 3)
         adjective, noun = divmod(rest, len(NOUNS))
-        return PATTERNS[pattern].format(adjective=ADJECTIVES[adjective], noun=NOUNS[noun])
+        article = "An" if ADJECTIVES[adjective][0] in "AEIOU" else "A"
+        return PATTERNS[pattern].format(article=article, adjective=ADJECTIVES[adjective], noun=NOUNS[noun])
     rest, other = divmod(position, len(NOUNS) - 1)
     adjective, noun = divmod(rest, len(NOUNS))
     other += other >= noun  # the same noun twice is no title

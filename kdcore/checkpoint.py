@@ -176,6 +176,7 @@ def set_random_state(fabric: Fabric, state: Mapping[str, Tensor]) -> None:
     """Restore this process's random state; with another number of processes there is none to restore."""
     if len(state["cpu"]) != fabric.world_size:
         return
-    torch.set_rng_state(state["cpu"][fabric.global_rank].contiguous())
+    # copies: torch 2.13 reads a view from the beginning of what it is a view of, and crashes
+    torch.set_rng_state(state["cpu"][fabric.global_rank].clone())
     if "cuda" in state and fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"][fabric.global_rank].contiguous(), fabric.device)
+        torch.cuda.set_rng_state(state["cuda"][fabric.global_rank].clone(), fabric.device)

@@ -122,45 +122,52 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
     """
     import jsonargparse
 
-    _check_names(cls, values, source)
+    plain = _checked(cls, values, source)  # a copy: jsonargparse writes into nested values
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None)
     try:
-        namespace = parser.parse_object(_copy(values))  # a copy: jsonargparse writes into nested values
+        namespace = parser.parse_object(plain)
         return cls(**vars(parser.instantiate(namespace)))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
 
 
-def _check_names(expected: Any, value: Any, source: str, path: str = "") -> None:
-    """Refuse a name that a dataclass, at any depth, does not have, and say which ones come near.
+def _checked(expected: Any, value: Any, source: str, path: str = "") -> Any:
+    """Return a copy of ``value``; refuse a name that a dataclass, at any depth, does not have, and say which come near.
 
     This is also what keeps code out of configurations: jsonargparse would import what a ``class_path`` names, and read
     the file that a text in a dataclass's place names.
     """
-    inner = get_args(expected)
+    inner, where = get_args(expected), path.rstrip(".")
     if dataclasses.is_dataclass(expected):
         if not isinstance(value, Mapping):
-            raise UserError(f"{source}: '{path.rstrip('.')}': wanted settings (name: value), got {value!r}")
+            raise UserError(f"{source}: '{where}': wanted settings (name: value), got {value!r}")
         hints = get_type_hints(expected)
         known = {field.name: hints[field.name] for field in dataclasses.fields(expected)}
-        for name, each in value.items():
+        for name in value:
             if name not in known:
                 raise UserError(f"{source}: unknown setting '{path}{name}', {nearest(str(name), known)}")
-            _check_names(known[name], each, source, f"{path}{name}.")
-    elif get_origin(expected) is list:
+        if path and not value and isinstance(expected, type) and not _required(expected):
+            return dataclasses.asdict(expected())  # jsonargparse takes {} in a list for no dataclass at all
+        return {name: _checked(known[name], each, source, f"{path}{name}.") for name, each in value.items()}
+    if get_origin(expected) is list:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{source}: '{path.rstrip('.')}': wanted a list, got {value!r}")
-        for number, each in enumerate(value):
-            _check_names(inner[0], each, source, f"{path}{number}.")
-    elif get_origin(expected) is dict:
+            raise UserError(f"{source}: '{where}': wanted a list, got {value!r}")
+        return [_checked(inner[0], each, source, f"{path}{number}.") for number, each in enumerate(value)]
+    if get_origin(expected) is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{source}: '{path.rstrip('.')}': wanted settings (name: value), got {value!r}")
-        for name, each in value.items():
-            _check_plain(name, source, path.rstrip("."))
-            _check_names(inner[1], each, source, f"{path}{name}.")
-    else:
-        _check_plain(value, source, path.rstrip("."))
+            raise UserError(f"{source}: '{where}': wanted settings (name: value), got {value!r}")
+        for name in value:
+            _check_plain(name, source, where)
+        return {name: _checked(inner[1], each, source, f"{path}{name}.") for name, each in value.items()}
+    _check_plain(value, source, where)
+    return _copy(value)
+
+
+def _required(cls: type) -> bool:
+    """Return whether a dataclass has a field without a default."""
+    missing = dataclasses.MISSING
+    return any(each.default is missing and each.default_factory is missing for each in dataclasses.fields(cls))
 
 
 def _check_plain(value: Any, source: str, path: str) -> None:

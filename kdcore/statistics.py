@@ -140,7 +140,8 @@ def gap_closed(
         if np.mean(draws[:, 1] <= 0) > (1 - level) / 2:
             method = "no interval: the teacher is not clearly better than the baseline"
         else:
-            low, high = _percentiles(draws[:, 0] / draws[:, 1], level)
+            gap = draws[:, 1] != 0  # a resample without any gap has no share
+            low, high = _percentiles(draws[gap, 0] / draws[gap, 1], level)
     return Estimate(float(value[0] / value[1]), low, high, level, n_seeds, n_units, method)
 
 

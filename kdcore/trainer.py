@@ -411,10 +411,10 @@ class Trainer:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
 
     def _save(self, training: _Training) -> None:
+        training.read_clock()
         if self.checkpoints is None:
             return
         random_state = random_states(self.fabric)
-        training.read_clock()
         if self.fabric.is_global_zero:
             # what the state takes for written must be on disk before it
             if self.log is not None:

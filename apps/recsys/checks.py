@@ -14,11 +14,11 @@ from apps.recsys.models.store import model_options
 from kdcore.config import UserError, nearest
 
 BASELINES = ("ials", "svd", "bpr")
-TRAINABLE = ("mf", "lightgcn", "sasrec")
+TRAINABLE = ("mf", "lightgcn", "sasrec", "two_tower")
 _SPLITS = ("leave_last_out", "ratio", "global_time", "files")
 # teachers that answer from any history, and teachers with user and item vectors
 _READ_HISTORIES = ("sasrec", "ease")
-_HAVE_VECTORS = ("mf", "lightgcn", "sasrec", "ials")
+_HAVE_VECTORS = ("mf", "lightgcn", "sasrec", "ials", "two_tower")
 
 
 def check_config(config: RecsysConfig) -> None:
@@ -66,8 +66,8 @@ def _check_student(config: RecsysConfig) -> None:
         raise UserError(f"student.kind: got {student.kind!r}, {nearest(student.kind, TRAINABLE)}")
     if student.initialize not in ("random", "svd"):
         raise UserError(f"student.initialize: got {student.initialize!r}, wanted 'random' or 'svd'")
-    if student.initialize == "svd" and student.kind != "mf":
-        raise UserError(f"student.initialize svd: wanted a student of kind mf, got {student.kind}")
+    if student.initialize == "svd" and student.kind not in ("mf", "sasrec"):
+        raise UserError(f"student.initialize svd: wanted a student of kind mf or sasrec, got {student.kind}")
     _check_model("student", student)
     _check_model("student.alone", alone_config(config))
 

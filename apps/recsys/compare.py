@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,11 +43,8 @@ def compare(evaluations: Evaluations, metric: str, *, n_resamples: int = 10_000)
 
 def per_user(evaluations: Evaluations, metric: str) -> dict[tuple[str, str], np.ndarray]:
     """Return float64 [seeds, users] of each model over the users that every evaluation has."""
-    everywhere: np.ndarray | None = None
-    for each in evaluations.values():
-        for evaluation in each:
-            users = evaluation.users
-            everywhere = users if everywhere is None else np.intersect1d(everywhere, users, assume_unique=True)
+    tested = [evaluation.users for each in evaluations.values() for evaluation in each]
+    everywhere = functools.reduce(functools.partial(np.intersect1d, assume_unique=True), tested)
     return {
         key: np.stack([e.per_user[metric][np.searchsorted(e.users, everywhere)] for e in each])
         for key, each in evaluations.items()

@@ -81,7 +81,7 @@ class KnowledgeConfig:
 class StudentConfig(ModelConfig):
     """The student, and what it has of its own when it learns without a teacher."""
 
-    # svd: start from the truncated SVD of the teacher's scores (the taught student only)
+    # svd: the taught student starts from the truncated SVD of the teacher's scores (mf) or item vectors (sasrec)
     initialize: str = "random"
     # what differs when the student learns alone: tuned by itself, with the same budget
     alone: dict[str, Any] = field(default_factory=dict)

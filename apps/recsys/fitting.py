@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from apps.recsys.config import ModelConfig, TeacherConfig
+from apps.recsys.data.dataset import Dataset
 from apps.recsys.data.splits import Split
 from apps.recsys.distill import InteractionStep, RecommenderStep, SequenceStep
 from apps.recsys.evaluate import Evaluator
@@ -21,10 +22,11 @@ from apps.recsys.models.factors import LightGCN, MatrixFactorization
 from apps.recsys.models.linear import Ease, fit_ials
 from apps.recsys.models.sasrec import Sasrec
 from apps.recsys.models.store import model_options
+from apps.recsys.models.two_tower import TwoTower
 from kdcore.config import UserError, nearest
 from kdcore.trainer import FitResult, Trainer
 
-KINDS = ("mf", "lightgcn", "sasrec", "ease", "ials", "ensemble")
+KINDS = ("mf", "lightgcn", "sasrec", "two_tower", "ease", "ials", "ensemble")
 # fitted by one process, without the trainer
 SOLVED = ("ease", "ials")
 
@@ -51,6 +53,7 @@ def fit_model(
     context: Mapping[str, Any] | None = None,
     student: DotRecommender | None = None,
     knowledge: Mapping[str, tuple[float, Knowledge]] | None = None,
+    dataset: Dataset | None = None,
 ) -> Fitted:
     """Fit one model on ``split.train``; selection is on ``evaluator`` (validation), never on test.
 
@@ -58,14 +61,15 @@ def fit_model(
         folder: where checkpoints go; a fit that was killed goes on from there.
         student: a model to train instead of a fresh one (initialised by a teacher, or already holding experts).
         knowledge: name -> (weight, knowledge) of a taught student.
+        dataset: where ``split`` comes from; a two_tower model reads the features of its users and items.
     """
     if config.kind not in KINDS:
         raise UserError(f"model kind: got {config.kind!r}, {nearest(config.kind, KINDS)}")
     started = time.perf_counter(), time.process_time()
     if config.kind in (*SOLVED, "ensemble"):
-        model = _solve(config, split, evaluator, seed, folder, key, context)
-        return Fitted(model, time.perf_counter() - started[0], time.process_time() - started[1])
-    model = student if student is not None else new_model(config, split, seed)
+        model = _solve(config, split, evaluator, seed, folder, key, context, dataset)
+        return Fitted(model.eval(), time.perf_counter() - started[0], time.process_time() - started[1])
+    model = student if student is not None else new_model(config, split, seed, dataset)
     step = teaching_step(config, model, split, evaluator, knowledge)
     trainer = Trainer(
         config.trainer,
@@ -80,8 +84,8 @@ def fit_model(
     return Fitted(final.eval(), result.seconds, result.cpu_seconds, result.epochs, result.best_metrics)
 
 
-def new_model(config: ModelConfig, split: Split, seed: int) -> DotRecommender:
-    """Return a freshly initialised trainable model."""
+def new_model(config: ModelConfig, split: Split, seed: int, dataset: Dataset | None = None) -> DotRecommender:
+    """Return a freshly initialised trainable model; two_tower alone needs the ``dataset`` of the split."""
     options = model_options(config.kind, config.options)
     torch.manual_seed(seed)
     if config.kind == "lightgcn":
@@ -90,7 +94,11 @@ def new_model(config: ModelConfig, split: Split, seed: int) -> DotRecommender:
         return Sasrec(split.n_users, split.n_items, options)
     if config.kind == "mf":
         return MatrixFactorization(split.n_users, split.n_items, options)
-    raise UserError(f"model kind: got {config.kind!r}, wanted a trainable kind: mf, lightgcn or sasrec")
+    if config.kind == "two_tower":
+        if dataset is None:
+            raise UserError("two_tower: its features are those of a data set, and there is only a split here")
+        return TwoTower.fit(split.train, options, dataset.user_features, dataset.item_features)
+    raise UserError(f"model kind: got {config.kind!r}, wanted a trainable kind: mf, lightgcn, sasrec or two_tower")
 
 
 def teaching_step(
@@ -118,15 +126,17 @@ def _solve(
     folder: Path | None,
     key: str,
     context: Mapping[str, Any] | None,
+    dataset: Dataset | None,
 ) -> Recommender:
     if isinstance(config, TeacherConfig) and config.kind == "ensemble":
         members = []
         for index, member in enumerate(config.members):
             own = folder / f"member-{index}" if folder is not None else None
             named = {**(context or {}), "model": member.kind}
-            members.append(
-                fit_model(member, split, evaluator, seed=seed, folder=own, key=f"{key}/{index}", context=named).model
+            fitted = fit_model(
+                member, split, evaluator, seed=seed, folder=own, key=f"{key}/{index}", context=named, dataset=dataset
             )
+            members.append(fitted.model)
         return Ensemble(members, config.weights)
     options = model_options(config.kind, config.options)
     if config.kind == "ease":

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from apps.recsys import fitting
 from apps.recsys.checks import check_config
@@ -27,11 +26,11 @@ from apps.recsys.data.dataset import Dataset, load_dataset
 from apps.recsys.data.splits import Split, from_files, global_time, leave_last_out, ratio
 from apps.recsys.data.store import find_data, write_canonical
 from apps.recsys.evaluate import Evaluation, Evaluator, slices
+from apps.recsys.initialize import initialize_from
 from apps.recsys.knowledge import KNOWLEDGE, Knowledge
 from apps.recsys.lessons import TeacherLessons, model_fingerprint
 from apps.recsys.metrics import parse_metric
 from apps.recsys.models.base import DotRecommender, Recommender
-from apps.recsys.models.factors import MatrixFactorization
 from apps.recsys.models.linear import fit_svd
 from apps.recsys.models.options import build_options
 from apps.recsys.models.store import load_model, model_bytes, save_model
@@ -210,9 +209,9 @@ class Pipeline:
     def taught(self, seed: int, config: RecsysConfig) -> tuple[DotRecommender, dict[str, tuple[float, Knowledge]]]:
         """Return a fresh student of ``config`` and the weighted knowledge the teacher of ``seed`` passes on to it."""
         teacher, split = self.teach(seed), self.split(seed)
-        student = fitting.new_model(config.student, split, seed)
+        student = fitting.new_model(config.student, split, seed, self.prepare())
         if config.student.initialize == "svd":
-            _start_from(student, fit_svd(teacher, split.train, student.encode().item.shape[1], seed))
+            initialize_from(student, teacher, split.train, seed)
         lessons = self.lessons(teacher, split, student, seed)
         knowledge = {
             name: (each.weight, _knowledge(name, each.options, lessons)) for name, each in config.knowledge.items()
@@ -250,6 +249,7 @@ class Pipeline:
                 folder=checkpoints,
                 key=key,
                 context={"role": role, "model": name, "seed": seed},
+                dataset=self.prepare(),
                 **taught,
             )
 
@@ -416,15 +416,6 @@ def latency_ms(model: Recommender, split: Split, part: str, users: int = 100) ->
 def _knowledge(name: str, options: dict[str, Any], lessons: TeacherLessons) -> Knowledge:
     cls = KNOWLEDGE[name]
     return cls(build_options(f"knowledge.{name}", cls.options_type, options), lessons)
-
-
-def _start_from(student: DotRecommender, factors: MatrixFactorization) -> None:
-    """Set a matrix factorisation's vectors to given ones."""
-    if not isinstance(student, MatrixFactorization):
-        raise UserError(f"student.initialize svd: wanted a student of kind mf, got {student.kind}")
-    with torch.no_grad():
-        student.user.copy_(factors.user)
-        student.item.copy_(factors.item)
 
 
 def _timed(fit: Callable[[], Recommender]) -> fitting.Fitted:

@@ -21,8 +21,9 @@ class Membership:
         self.n_users, self.n_items = histories.n_users, histories.n_items
         user = torch.from_numpy(histories.users().astype("int64"))
         keys = user * self.n_items + torch.from_numpy(histories.items.astype("int64"))
+        # one of the two is built: a bitmap of all cells, or the sorted keys
         self._bitmap: Tensor | None = None
-        self._keys: Tensor | None = None
+        self._keys = keys.new_empty(0)
         if self.n_users * self.n_items <= _BITMAP_CELLS:
             self._bitmap = torch.zeros(self.n_users * self.n_items, dtype=torch.bool)
             self._bitmap[keys] = True
@@ -34,7 +35,6 @@ class Membership:
         keys = users * self.n_items + items
         if self._bitmap is not None:
             return self._bitmap[keys]
-        assert self._keys is not None  # one of the two forms was built
         return _among(self._keys, keys)
 
 

@@ -138,7 +138,7 @@ class Tuner:
         """Return the best validation metric of one fit."""
         split = self.pipeline.split(self.seed)
         evaluator = Evaluator(split, "valid", (config.trainer.monitor,))
-        fitted = fitting.fit_model(config, split, evaluator, seed=self.seed, **taught)
+        fitted = fitting.fit_model(config, split, evaluator, seed=self.seed, dataset=self.pipeline.prepare(), **taught)
         return evaluator(fitted.model).values[config.trainer.monitor]
 
     def _alone(self, values: dict[str, Any]) -> float:

@@ -82,7 +82,8 @@ from safetensors.numpy import load_file
 
 def lists(folder, k, exclude_seen):
     folder = Path(folder)
-    about, users, items = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("model", "users", "items"))
+    names = ("model", "users", "items")
+    about, users, items = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in names)
     seen = load_file(folder / "seen.safetensors")
     session = onnxruntime.InferenceSession(str(folder / "scorer.onnx"), providers=["CPUExecutionProvider"])
     inputs = {each.name for each in session.get_inputs()}
@@ -167,7 +168,7 @@ def test_a_raw_history_of_any_length(runs: dict[str, Path], exports: dict[str, P
         with torch.no_grad():
             scores = model.scores(torch.tensor([0]), one)[0].numpy()
         open_items = [item for item in range(N_ITEMS) if item not in set(history.tolist())]
-        wanted = sorted(open_items, key=lambda item: (-float(scores[item]), item))[:5]  # noqa: B023
+        wanted = sorted(open_items, key=lambda item: (-float(scores[item]), item))[:5]
         got = runtime.recommend(history=[runtime.item_ids[item] for item in history], k=5)
         assert [each.score for each in got] == pytest.approx([float(scores[item]) for item in wanted], abs=1e-4)
         if length:  # without a history every score is equal up to rounding

@@ -167,7 +167,7 @@ def test_bad_parquet_columns(run: Path, tmp_path: Path, column: pa.Array, messag
 
 def test_parquet_without_the_column(run: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"uid": ["ü1"]}), tmp_path / "users.parquet")
-    with pytest.raises(UserError, match="no column user_id \\(found uid\\)"):
+    with pytest.raises(UserError, match=r"no column user_id \(found uid\)"):
         read_users(tmp_path / "users.parquet", load_dataset(run / "data"))
 
 
@@ -179,7 +179,7 @@ def test_k_out_of_range(run: Path, tmp_path: Path, k: int) -> None:
 
 
 def test_missing_users_file_and_folder_as_out(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file .*nowhere.txt"):
+    with pytest.raises(UserError, match=r"no file .*nowhere.txt"):
         recommend(run, "student", str(tmp_path / "nowhere.txt"), 5, True, tmp_path / "recs.parquet")
     with pytest.raises(UserError, match="is a folder"):
         recommend(run, "student", "all", 5, True, tmp_path)
@@ -218,10 +218,10 @@ def test_unfinished_and_damaged_runs(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no student yet; there is teacher, student_alone"):
         open_run(copy, "student")
     (copy / "teacher" / "model.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(UserError, match="teacher: the model cannot be read"):
+    with pytest.raises(UserError, match=r"teacher: (the model cannot be read|not a model)"):
         open_run(copy, "teacher")
     (copy / "teacher" / "model.json").write_text("{")
-    with pytest.raises(UserError, match="teacher: the model cannot be read"):
+    with pytest.raises(UserError, match=r"teacher: (the model cannot be read|not a model)"):
         open_run(copy, "teacher")
 
 

@@ -44,7 +44,7 @@ def test_both_forms_draw_the_same(monkeypatch):
     st.booleans(),
 )
 def test_draws_are_outside_what_is_seen_and_avoided_while_anything_is(seen, n, seed, avoiding):
-    """Histories of 0..7 of the 7 items, so that some users have everything and some nothing is left beside ``avoid``."""
+    """Histories of 0..7 of the 7 items: some users have everything, to some nothing is left beside ``avoid``."""
     train = history_of([sorted(own) for own in seen], 7)
     users = torch.arange(len(seen)).flip(0)
     avoid = torch.randint(7, (len(seen), 3), generator=generator(seed)) if avoiding else None

@@ -65,7 +65,10 @@ def _by_label(
     for number, part in enumerate(PARTS):
         rows = np.flatnonzero(label == number)
         if not len(rows) and part not in optional:
-            raise UserError(f"{dataset.name}: the {kind} split leaves no interactions for {part}")
+            raise UserError(
+                f"{dataset.name}: the {kind} split leaves no interactions for {part}; "
+                "wanted more data, or another --split.kind, --split.test or --split.valid"
+            )
         parts.append(
             Histories.from_pairs(
                 dataset.user[rows], dataset.item[rows], dataset.n_users, dataset.n_items, dataset.timestamp[rows]

@@ -131,8 +131,8 @@ def _normalised_adjacency(train: Histories) -> Tensor:
     scaled = sparse.diags_array(degree[0] ** -0.5) @ pairs @ sparse.diags_array(degree[1] ** -0.5)
     matrix = sparse.block_array([[None, scaled], [scaled.T, None]], format="csr", dtype=np.float32)
     # scipy keeps 32-bit indices where they suffice, which the product wants: it would convert 64-bit ones each time
-    parts = [torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data)]
-    return torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=True)
+    indptr, indices, data = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
+    return torch.sparse_csr_tensor(indptr, indices, data, size=matrix.shape, check_invariants=True)
 
 
 class _Propagate(torch.autograd.Function):

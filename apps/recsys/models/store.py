@@ -15,6 +15,7 @@ from apps.recsys.models.factors import LightGCN, LightGCNOptions, MatrixFactoriz
 from apps.recsys.models.linear import Ease, EaseOptions, IalsOptions
 from apps.recsys.models.options import build_options
 from apps.recsys.models.sasrec import Sasrec, SasrecOptions
+from apps.recsys.models.two_tower import TwoTower, TwoTowerOptions
 from kdcore.config import UserError, nearest
 from kdcore.run import atomic_path, read_json, write_json
 
@@ -25,6 +26,7 @@ OPTIONS: dict[str, type] = {
     "lightgcn": LightGCNOptions,
     "ease": EaseOptions,
     "ials": IalsOptions,
+    "two_tower": TwoTowerOptions,
 }
 _STORED: dict[str, type[Recommender]] = {"mf": MatrixFactorization, "sasrec": Sasrec, "ease": Ease}
 
@@ -59,6 +61,8 @@ def _describe(model: Recommender) -> dict[str, Any]:
     }
     if isinstance(model, Ensemble):
         description["members"] = [_describe(member) for member in model.members]  # type: ignore[arg-type]
+    if isinstance(model, TwoTower):
+        description["reads"] = model.reads()
     return description
 
 
@@ -81,6 +85,8 @@ def _empty(description: dict[str, Any]) -> Recommender:
     if description["kind"] == Ensemble.kind:
         members = [_empty(member) for member in description["members"]]
         model: Recommender = Ensemble(members, description["options"]["weights"])
+    elif description["kind"] == TwoTower.kind:
+        model = TwoTower.from_json(*size, model_options(TwoTower.kind, description["options"]), description["reads"])
     else:
         stored: Any = _STORED[description["kind"]]
         model = stored(*size, model_options(description["kind"], description["options"]))
