@@ -35,11 +35,6 @@ PATTERNS = (
     "{article} {adjective} {noun}",
     "{noun} of the {adjective} {other}",
 )
-    "The {adjective} {noun}",
-    "{adjective} {noun}",
-    "{article} {adjective} {noun}",
-    "{noun} of the {adjective} {other}",
-)
 
 
 def title_words(count: int, rng: np.random.Generator) -> list[str]:

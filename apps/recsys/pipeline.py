@@ -95,6 +95,8 @@ class Pipeline:
             self._dataset = self._read()
             for seed in self.config.seeds:
                 self.split(seed)
+            if self.config.student.kind == "two_tower":  # what it cannot read is refused before a teacher is fitted
+                fitting.new_model(self.config.student, self.split(self.config.seeds[0]), 0, self._dataset)
             self.run.write_config(resolved(self.config))
             write_canonical(self._dataset, folder)
         if not (self.run.path / "provenance.json").exists():

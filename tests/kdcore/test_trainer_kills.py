@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def test_a_real_program_killed_and_started_again(whole: Path, tmp_path: Path) ->
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), "slow"], env=environment)
     while not (tmp_path / "best.safetensors").exists() and first.poll() is None:
-        pass
+        time.sleep(0.02)
     first.kill()
     assert first.wait() == KILLED
     assert not (tmp_path / "result.json").exists()

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apps.recsys import distill
 from apps.recsys.distill import InteractionStep, Optimization, SequenceStep
 from apps.recsys.evaluate import Evaluator
 from apps.recsys.knowledge import KNOWLEDGE
@@ -61,8 +62,9 @@ def sequences(folder=None, names=(), train=SPLIT.train, batch_size=3) -> Sequenc
 # -- factor models -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [7, 1000])
-def test_every_interaction_once_an_epoch_with_unseen_negatives(batch_size):
+@pytest.mark.parametrize(("batch_size", "together"), [(7, 20), (7, 1), (7, 1000), (1000, 20)])
+def test_every_interaction_once_an_epoch_with_unseen_negatives(batch_size, together, monkeypatch):
+    monkeypatch.setattr(distill, "_DRAWN_TOGETHER", together)
     step = interactions(batch_size=batch_size, negatives=3)
     batches = list(step.batches(0, generator()))
     assert len(batches) == step.batch_count()
@@ -109,8 +111,9 @@ def test_knowledge_is_asked_for_the_users_and_items_of_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_same_interactions_with_and_without_a_teacher(tmp_path, name):
+def test_the_same_interactions_with_and_without_a_teacher(tmp_path, name, monkeypatch):
     """The control of a claimed gain: what is drawn for the teacher must not move the student's own data."""
+    monkeypatch.setattr(distill, "_DRAWN_TOGETHER", 20)  # two batches: more than one draw of negatives an epoch
     alone, with_teacher = interactions(batch_size=9), interactions(tmp_path, [name], batch_size=9)
     with_teacher.begin_epoch(0, generator(1))
     for epoch in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -95,7 +96,7 @@ class Tower(nn.Module):
     The indices of all users or items are buffers, so that a stored model needs no data; they are inputs, not learned.
     """
 
-    def __init__(self, side: Side, n_rows: int, options: TwoTowerOptions, outputs: int) -> None:
+    def __init__(self, side: Side, n_rows: int, options: TwoTowerOptions, outputs: int, *, constant: bool) -> None:
         super().__init__()
         torchrec = _torchrec()
         sizes = side.sizes()
@@ -118,7 +119,7 @@ class Tower(nn.Module):
         for hidden in options.hidden if isinstance(options.hidden, list) else [options.hidden]:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
-        self.dense = nn.Sequential(*layers, nn.Linear(width, outputs))
+        self.dense = nn.Sequential(*layers, nn.Linear(width, outputs, bias=constant))
         self.indptr: Tensor
         self.values: Tensor
         self.register_buffer("indptr", torch.zeros(len(sizes) * n_rows + 1, dtype=torch.int32))
@@ -173,8 +174,9 @@ class TwoTower(DotRecommender):
         super().__init__()
         self.n_users, self.n_items, self.options = n_users, n_items, options
         self.user_side, self.item_side = user, item
-        self.user = Tower(user, n_users, options, options.dimension)
-        self.item = Tower(item, n_items, options, options.dimension + options.bias)
+        self.user = Tower(user, n_users, options, options.dimension, constant=True)
+        # what all items have in common ranks none of them: its gradient is rounding noise, which Adam would blow up
+        self.item = Tower(item, n_items, options, options.dimension + options.bias, constant=False)
         self._cached: _Kept | None = None
 
     @classmethod
@@ -374,16 +376,20 @@ def _side(
 
 def _torchrec() -> ModuleType:
     """Import TorchRec, which takes seconds, where it is first needed."""
-    tracing = logging.getLogger("torch.fx._symbolic_trace")
-    level = tracing.level
-    tracing.setLevel(logging.ERROR)  # it warns of a change in torch that concerns TorchRec's own authors
+    # torch warns once of a change that concerns TorchRec's own authors, fbgemm of modules it will move
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(_about_tracing)
     try:
-        import torchrec
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import torchrec
     except ImportError as error:
         raise UserError(
             f"two_tower: TorchRec is not usable ({error}); pip install 'kdsuite[scale]', "
             "then pip install --no-deps torchrec==1.8.0"
         ) from None
-    finally:
-        tracing.setLevel(level)
     return torchrec
+
+
+def _about_tracing(record: logging.LogRecord) -> bool:
+    """Return whether a line of the log says something else."""
+    return not record.getMessage().startswith("is_fx_tracing will return true")
