@@ -89,7 +89,10 @@ def _recipes(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("wing", "recipe", "what", "reference", box=None)
+    table = Table("wing", box=None)
+    table.add_column("recipe", no_wrap=True)  # a name that is cut off cannot be typed
+    table.add_column("what")
+    table.add_column("reference")
     for row in rows:
         table.add_row(row["wing"], row["recipe"], row["title"], row["reference"])
     Console().print(table)

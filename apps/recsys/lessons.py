@@ -15,6 +15,7 @@ from apps.recsys.models.base import DotRecommender, Recommender
 from apps.recsys.models.ensemble import Ensemble
 from apps.recsys.models.linear import Ease
 from apps.recsys.models.sasrec import Sasrec
+from apps.recsys.models.store import describe
 from apps.recsys.sampling import Membership
 from apps.recsys.topk import inference, top_k
 from kdcore.config import UserError
@@ -28,9 +29,10 @@ _ANSWER_CELLS, _ANSWER_QUERIES = 1 << 24, 512
 Progress = Callable[[str, int, int], None]
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """Return a fingerprint of all weights of a model."""
-    return fingerprint(*(part for name, value in model.state_dict().items() for part in (name, value.cpu().numpy())))
+def model_fingerprint(model: Recommender) -> str:
+    """Return a fingerprint of what a model answers from: kind, options and all weights."""
+    weights = (part for name, value in model.state_dict().items() for part in (name, value.cpu().numpy()))
+    return fingerprint(describe(model), *weights)
 
 
 def reads_histories(model: Recommender) -> bool:

@@ -47,10 +47,11 @@ def save_model(model: Recommender, folder: str | Path, **extra: Any) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(folder / "model.json", {**_describe(model), "parameters": model.parameter_count(), **extra})
+    write_json(folder / "model.json", {**describe(model), "parameters": model.parameter_count(), **extra})
 
 
-def _describe(model: Recommender) -> dict[str, Any]:
+def describe(model: Recommender) -> dict[str, Any]:
+    """Return what ``model.json`` says of a model beside its weights: kind, size and options."""
     description = {
         "kind": model.kind,
         "label": model.label(),
@@ -60,7 +61,7 @@ def _describe(model: Recommender) -> dict[str, Any]:
         "options": asdict(model.options),
     }
     if isinstance(model, Ensemble):
-        description["members"] = [_describe(member) for member in model.members]  # type: ignore[arg-type]
+        description["members"] = [describe(member) for member in model.members]  # type: ignore[arg-type]
     if isinstance(model, TwoTower):
         description["reads"] = model.reads()
     return description
