@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ from apps.recsys.models.sasrec import Sasrec, SasrecOptions
 from kdcore.teacher_cache import TeacherCache
 
 
+@dataclass(frozen=True)
+class TableOptions:
+    """A table has none."""
+
+
 class Table(Recommender):
     """Scores read from a matrix [n_users, n_items]."""
 
@@ -25,7 +31,7 @@ class Table(Recommender):
         super().__init__()
         self.register_buffer("table", scores)
         self.n_users, self.n_items = scores.shape
-        self.options = None
+        self.options = TableOptions()
 
     def scores(self, users, histories):
         return self.table[users]
