@@ -61,6 +61,7 @@ def _ids(features: FeatureTable) -> pa.Array:
 
 
 def read_json_file(path: Path) -> Any:
+    """Return the content of a JSON file; UserError with its name if it cannot be read."""
     try:
         return read_json(path)
     except (OSError, ValueError, RecursionError) as error:
