@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,7 +133,9 @@ def _normalised_adjacency(train: Histories) -> Tensor:
     matrix = sparse.block_array([[None, scaled], [scaled.T, None]], format="csr", dtype=np.float32)
     # scipy keeps 32-bit indices where they suffice, which the product wants: it would convert 64-bit ones each time
     indptr, indices, data = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
-    return torch.sparse_csr_tensor(indptr, indices, data, size=matrix.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(indptr, indices, data, size=matrix.shape, check_invariants=True)
 
 
 class _Propagate(torch.autograd.Function):
