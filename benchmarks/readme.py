@@ -73,6 +73,27 @@ def beauty(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def train(result: dict[str, Any]) -> str:
+    """Return the table of training times beside RecBole's."""
+    lines = [
+        "| model | RecBole's final validation NDCG@10 | RecBole, CPU s | ours to that NDCG@10, CPU s | test HR@10 / NDCG@10 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, model in result["models"].items():
+        summary, peer, target = model["summary"], model.get("peer"), model.get("target")
+        wanted = f"{target['ndcg@10']:.4f} ({target['source']})" if target else "-"
+        theirs = f"{peer['summary']['cpu_seconds']['mean']:.1f}" if peer else "not measured"
+        reached = model.get("cpu_seconds_to_target") or summary["cpu_seconds_to_best"]
+        ours = f"{reached['mean']:.1f} ± {reached['sd']:.1f}" + ("" if target else " (to the selected epoch)")
+        test = f"{summary['test_hr@10']['mean']:.4f} / {summary['test_ndcg@10']['mean']:.4f}"
+        lines.append(f"| {name} | {wanted} | {theirs} | {ours} | {test} |")
+    lines += [
+        "",
+        "ml-100k, leave-last-out, one thread. `kd recsys bench train --json benchmarks/results/recsys_train.json`",
+    ]
+    return "\n".join(lines)
+
+
 def teachers(result: dict[str, Any]) -> str:
     """Return the table of teachers under the protocols other libraries report."""
     lines = ["| teacher | protocol | NDCG@10 | HR@10 |", "|---|---|---|---|"]
@@ -98,6 +119,7 @@ def _mean(values: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recsys_quality": quality,
     "recsys_beauty": beauty,
+    "recsys_train": train,
     "recsys_teachers": teachers,
     "recsys_evaluate": evaluate,
 }

@@ -35,8 +35,8 @@ _SASREC_ML100K = [
     ("teacher.options.heads", "1"),
     ("teacher.options.dropout", "0.3"),
     ("teacher.optimization.batch_size", "64"),
+    ("teacher.optimization.learning_rate", "0.002"),
     ("teacher.trainer.patience", "8"),
-    ("teacher.trainer.threads", "1"),
 ]
 _QUALITY_SEEDS = [0, 1, 2, 3, 4]
 _BEAUTY_SEEDS = [0, 1, 2]
