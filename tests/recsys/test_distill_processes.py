@@ -28,6 +28,7 @@ SEQUENTIAL = {
     "teacher.trainer.max_epochs": "2",
     "teacher.options": "{dimension: 16, heads: 1, length: 8, dropout: 0.0}",
     "student.options": "{dimension: 8, length: 8, dropout: 0.0}",
+    "student.alone": "{}",  # which has dropout of its own
     "student.optimization.batch_size": "7",
     "knowledge.sparse_soft_targets.options.length": "10",
 }

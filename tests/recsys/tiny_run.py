@@ -19,6 +19,7 @@ SEQUENTIAL = [
     ("teacher.options.dimension", "16"),
     ("teacher.options.length", "8"),
     ("student.options.length", "8"),
+    ("student.options.dimension", "8"),
 ]
 
 
