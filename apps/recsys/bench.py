@@ -45,7 +45,9 @@ _BEAUTY_SEEDS = [0, 1, 2]
 def run_bench(what: str, output: Path | None, work: Path) -> int:
     """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically."""
     result = BENCHMARKS[what](work)
-    result = {"benchmark": f"recsys {what}", **result, "provenance": provenance(load=os.getloadavg())}
+    # as anyone would type it: where the runs lay on this machine is of no use to another
+    command = ["kd", "recsys", "bench", what, *(["--json", f"benchmarks/results/{output.name}"] if output else [])]
+    result = {**result, "benchmark": f"recsys {what}", "provenance": provenance(command=command, load=os.getloadavg())}
     if output is not None:
         write_json(output, result)
     print(json.dumps(result, indent=2))
