@@ -222,6 +222,7 @@ def _finish(pipeline: Pipeline, as_json: bool) -> None:
     from rich.console import Console
 
     from kdcore.report import read_run, run_table, write_report
+    from kdcore.run import read_json
 
     rows = pipeline.evaluate()
     pipeline.deploy()
@@ -232,6 +233,8 @@ def _finish(pipeline: Pipeline, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     Console().print(run_table(read_run(pipeline.run.path)))
+    if read_json(pipeline.run.path / "provenance.json").get("simulated"):
+        print("these figures are on simulated data")
     print(f"report: {report}")
 
 
