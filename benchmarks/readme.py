@@ -67,7 +67,8 @@ def beauty(result: dict[str, Any]) -> str:
         "",
         f"{result['data']}; the student keeps {kept:.1%} of the teacher's NDCG@10 with "
         f"1/{params[teacher] / params[student]:.1f} of its parameters (mean ± sd over "
-        f"{len(run['settings']['seeds'])} seeds of the student, one teacher). "
+        f"{len(run['settings']['seeds'])} seeds of the student, one teacher); {result['trials_each']} search trials on "
+        "validation for every model alike. "
         "`kd recsys bench beauty --json benchmarks/results/recsys_beauty.json`",
     ]
     return "\n".join(lines)

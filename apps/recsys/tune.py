@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from apps.recsys import fitting
 from apps.recsys.config import ModelConfig, RecsysConfig, alone_config, baseline_config
 from apps.recsys.evaluate import Evaluator
+from apps.recsys.models.store import model_options
 from apps.recsys.pipeline import Pipeline
 from kdcore.config import UserError, apply_overrides, build, resolved
 from kdcore.run import read_log, write_text
@@ -51,7 +53,7 @@ _KNOWLEDGE: Mapping[str, Space] = {
     },
     "item_relaxed_ranking": {"weight": (1e-3, 1.0, "log")},
     "soft_targets": {"weight": (0.03, 30.0, "log"), "options.sharpness": (0.2, 3.0, "log")},
-    "sparse_soft_targets": {"weight": (0.1, 10.0, "log"), "options.temperature": (0.7, 3.0, "log")},
+    "sparse_soft_targets": {"weight": (0.1, 10.0, "log"), "options.temperature": (0.7, 6.0, "log")},
     "ranking_distillation": {"weight": (1e-2, 3.0, "log"), "options.position_scale": (0.5, 20.0, "log")},
     "collaborative_distillation": {"weight": (1e-3, 1.0, "log"), "options.rank_scale": (10.0, 200.0, "log")},
     "distillation_experts": {"weight": (1e-4, 1e-1, "log")},
@@ -75,15 +77,17 @@ class Tuner:
 
         self.pipeline.prepare()
         settings = resolved(self.config)
-        alone = self._search("student_alone", self._own_space(), self._alone)
+        alone = self._search("student_alone", self._own_space(), self._alone, resolved(alone_config(self.config)))
         settings["student"]["alone"] = _merged(settings["student"]["alone"], alone)
         for kind, space in _BASELINES.items():
             if kind in self.config.baselines:
-                settings["baselines"][kind].update(self._search(kind, space, partial(self._baseline, kind)))
+                score, current = partial(self._baseline, kind), self._baseline_settings(kind)
+                settings["baselines"][kind].update(self._search(kind, space, score, current))
         space = dict(self._own_space())
         for name in self.config.knowledge:
             space |= {f"knowledge.{name}.{path}": bounds for path, bounds in _KNOWLEDGE[name].items()}
-        for path, value in self._search("student", space, self._student).items():
+        current = {**resolved(self.config.student), "knowledge": resolved(self.config)["knowledge"]}
+        for path, value in self._search("student", space, self._student, current).items():
             prefix = "" if path.startswith("knowledge.") else "student."
             settings = apply_overrides(settings, [(prefix + path, json.dumps(value))])
         build(RecsysConfig, settings, "tuned settings")
@@ -93,10 +97,13 @@ class Tuner:
     def _own_space(self) -> Space:
         return _SEQUENTIAL if self.config.student.kind == "sasrec" else _GRADIENT
 
-    def _search(self, part: str, space: Space, score: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+    def _search(
+        self, part: str, space: Space, score: Callable[[dict[str, Any]], float], current: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Return the best values of one part's space; earlier trials are read from ``trials.jsonl``.
 
-        Every trial has a sampler of its own seed, so a search that was killed proposes what it would have proposed.
+        The first trial is the ``current`` settings, so that on validation no search ends below its recipe. Every other
+        has a sampler of its own seed, so a search that was killed proposes what it would have proposed.
         """
         import optuna
 
@@ -112,6 +119,8 @@ class Tuner:
             )
         while len(study.trials) < self.trials:
             study.sampler = optuna.samplers.TPESampler(seed=self.seed * 1_000_003 + len(study.trials))
+            if not study.trials:
+                study.enqueue_trial(_within(space, current))
             trial = study.ask(distributions)
             value = self._tried(score, dict(trial.params))
             study.tell(trial, value)
@@ -122,6 +131,11 @@ class Tuner:
                 f"{part}: trial {len(study.trials)} of {self.trials}: {value:.4f}, best {study.best_value:.4f}"
             )
         return dict(study.best_params)
+
+    def _baseline_settings(self, kind: str) -> dict[str, Any]:
+        """Return what a baseline has now, its defaults filled in, under the names of its search space."""
+        config = resolved(baseline_config(self.config, kind))
+        return asdict(model_options(kind, config["options"])) if kind == "ials" else config["optimization"]
 
     @property
     def _direction(self) -> Literal["maximize", "minimize"]:
@@ -155,6 +169,18 @@ class Tuner:
         config = build(RecsysConfig, _merged(settings, taught))
         student, knowledge = self.pipeline.taught(self.seed, config)
         return self._score(config.student, student=student, knowledge=knowledge)
+
+
+def _within(space: Space, current: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the current value of every path of a space that has one inside its bounds; the rest is drawn."""
+    values = {}
+    for path, (low, high, _) in space.items():
+        value: Any = current
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and low <= value <= high:
+            values[path] = value
+    return values
 
 
 def _distribution(bounds: tuple[float, float, str]) -> optuna.distributions.BaseDistribution:

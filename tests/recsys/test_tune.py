@@ -105,7 +105,7 @@ def test_a_killed_search_goes_on_as_it_would_have(log, tmp_path, valued):
     config = configure(log, baselines={})
     whole = Tuner(config, tmp_path / "whole", 14, quiet)
     whole.pipeline.prepare()
-    wanted = whole._search("student_alone", whole._own_space(), whole._alone)
+    wanted = whole._search("student_alone", whole._own_space(), whole._alone, {})
     for killed_after in (3, 12):
         out = tmp_path / f"killed-{killed_after}"
         first = Tuner(config, out, 14, quiet)
@@ -119,11 +119,11 @@ def test_a_killed_search_goes_on_as_it_would_have(log, tmp_path, valued):
             return plain(values)
 
         with pytest.raises(KeyboardInterrupt):
-            first._search("student_alone", first._own_space(), killed)
+            first._search("student_alone", first._own_space(), killed, {})
         second = Tuner(config, out, 14, quiet)
         second.pipeline.prepare()
         before = len(valued)
-        assert second._search("student_alone", second._own_space(), second._alone) == wanted
+        assert second._search("student_alone", second._own_space(), second._alone, {}) == wanted
         assert len(valued) - before == 14 - killed_after
         assert read_log(out / "trials.jsonl") == read_log(tmp_path / "whole" / "trials.jsonl")
     distinct = {tuple(trial["values"].items()) for trial in read_log(tmp_path / "whole" / "trials.jsonl")}
@@ -133,11 +133,11 @@ def test_a_killed_search_goes_on_as_it_would_have(log, tmp_path, valued):
 def test_a_line_torn_by_a_kill_hides_nothing_that_comes_after(log, tmp_path, valued):
     tuner = Tuner(configure(log, baselines={}), tmp_path, 2, quiet)
     tuner.pipeline.prepare()
-    tuner._search("student_alone", tuner._own_space(), tuner._alone)
+    tuner._search("student_alone", tuner._own_space(), tuner._alone, {})
     with open(tmp_path / "trials.jsonl", "a", encoding="utf-8") as handle:
         handle.write('{"part": "stud')
     more = Tuner(tuner.config, tmp_path, 4, quiet)
-    more._search("student_alone", more._own_space(), more._alone)
+    more._search("student_alone", more._own_space(), more._alone, {})
     assert parts(tmp_path) == {"student_alone": 4}
 
 
@@ -147,10 +147,10 @@ def test_fewer_trials_than_are_on_disk_profit_no_part(log, tmp_path, valued):
     many, few = Tuner(config, tmp_path / "many", 6, quiet), Tuner(config, tmp_path / "few", 3, quiet)
     for tuner in (many, few):
         tuner.pipeline.prepare()
-    many._search("student_alone", many._own_space(), many._alone)
-    wanted = few._search("student_alone", few._own_space(), few._alone)
+    many._search("student_alone", many._own_space(), many._alone, {})
+    wanted = few._search("student_alone", few._own_space(), few._alone, {})
     later = Tuner(config, tmp_path / "many", 3, quiet)
-    assert later._search("student_alone", later._own_space(), later._alone) == wanted
+    assert later._search("student_alone", later._own_space(), later._alone, {}) == wanted
 
 
 def test_a_trial_that_diverges_is_the_worst_and_the_search_goes_on(log, tmp_path, valued):
@@ -164,10 +164,10 @@ def test_a_trial_that_diverges_is_the_worst_and_the_search_goes_on(log, tmp_path
             raise FloatingPointError("loss became nan")
         return tuner._alone(values)
 
-    best = tuner._search("student_alone", tuner._own_space(), score)
+    best = tuner._search("student_alone", tuner._own_space(), score, {})
     assert len(tried) == 3
     assert best != tried[1]
-    assert Tuner(tuner.config, tmp_path, 3, quiet)._search("student_alone", tuner._own_space(), score) == best
+    assert Tuner(tuner.config, tmp_path, 3, quiet)._search("student_alone", tuner._own_space(), score, {}) == best
 
 
 def test_what_alone_already_sets_is_kept(log, tmp_path, valued):
@@ -175,6 +175,22 @@ def test_what_alone_already_sets_is_kept(log, tmp_path, valued):
     tuned = Tuner(configure(log, student=student, baselines={}), tmp_path, 1, quiet).tune()
     assert tuned["student"]["alone"]["trainer"] == {"max_epochs": 9}
     assert set(tuned["student"]["alone"]["optimization"]) == {"learning_rate", "weight_decay"}
+
+
+def test_the_first_trial_of_every_part_is_what_the_recipe_says(log, tmp_path, valued):
+    """Where a setting lies outside its bounds, or has no value, it is drawn like in any other trial."""
+    student = {**SETTINGS["student"], "optimization": {"learning_rate": 0.02, "weight_decay": 1e-5}}
+    baselines = {"ials": {"alpha": 3.0}, "bpr": {"learning_rate": 0.5, "weight_decay": 1e-4}}
+    Tuner(configure(log, student=student, baselines=baselines), tmp_path, 2, quiet).tune()
+    first: dict = {}
+    for trial in read_log(tmp_path / "trials.jsonl"):
+        first.setdefault(trial["part"], trial["values"])
+    assert first["student_alone"] == {"optimization.learning_rate": 0.02, "optimization.weight_decay": 1e-5}
+    assert first["ials"] == {"regularization": 0.1, "alpha": 3.0, "iterations": 15}
+    assert first["bpr"]["weight_decay"] == 1e-4
+    assert first["bpr"]["learning_rate"] <= 3e-2  # 0.5 is no place the search may go
+    assert first["student"]["optimization.learning_rate"] == 0.02
+    assert first["student"]["knowledge.relaxed_ranking.weight"] == 0.5
 
 
 def test_every_knowledge_has_a_space_of_settings_it_knows():
