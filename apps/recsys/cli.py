@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apps.recsys import serve_cli
 from kdcore import processes
 from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
 from kdcore.config import UserError
@@ -34,6 +35,7 @@ def main(words: Sequence[str]) -> int:
         epilog=example(
             "kd recsys run --recipe relaxed_ranking --data ml-100k --seeds 0,1,2 --out runs/ml",
             "kd recsys recommend --run runs/ml --users all --k 10 --exclude-seen --out recs.parquet",
+            "kd recsys serve --model exported --port 8000",
         ),
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -42,6 +44,8 @@ def main(words: Sequence[str]) -> int:
     _add_tune(verbs)
     _add_recommend(verbs)
     _add_export(verbs)
+    serve_cli.add_serve(verbs)
+    serve_cli.add_export_events(verbs)
     _add_bench(verbs)
     args, rest = parser.parse_known_args(words)
     known = verbs.choices[args.verb].options()
@@ -52,7 +56,14 @@ def main(words: Sequence[str]) -> int:
         return _tune(args, split_overrides(rest, known))
     if rest:
         raise unknown_argument(rest[0], known)
-    return {"recommend": _recommend, "export": _export, "bench": _bench}[args.verb](args)
+    commands = {
+        "recommend": _recommend,
+        "export": _export,
+        "serve": serve_cli.serve,
+        "export-events": serve_cli.export_events,
+        "bench": _bench,
+    }
+    return commands[args.verb](args)
 
 
 def describe_recipes() -> list[dict[str, str]]:

@@ -25,13 +25,15 @@ from torch.export import Dim
 
 from apps.recsys.data.dataset import Dataset
 from apps.recsys.data.histories import Histories
+from apps.recsys.fold_in import fit_fold_in
 from apps.recsys.lessons import model_fingerprint
 from apps.recsys.models.base import DotRecommender, Recommender
 from apps.recsys.models.linear import Ease
 from apps.recsys.models.sasrec import Sasrec
 from apps.recsys.recommend import all_histories, open_run
 from apps.recsys.runtime import FORMAT, pad_histories
-from apps.recsys.scorers import EaseScorer, SasrecScorer, VectorScorer
+from apps.recsys.scorers import EaseScorer, SasrecEncoder, SasrecScorer, VectorScorer
+from apps.recsys.segments import write_segments
 from kdcore import __version__
 from kdcore.config import UserError, read_yaml
 from kdcore.onnx_export import check_parity, export_onnx
@@ -49,8 +51,10 @@ def export(run: Path, role: str, out: Path) -> Path:
 
     Files: ``model.json``, ``users.json`` and ``items.json`` (ids in index order), ``seen.safetensors`` (indptr, items:
     what each user had, oldest first), ``scorer.onnx``; ``vectors.safetensors`` (user_vectors, item_vectors, item_bias)
-    if the model has vectors; ``titles.json`` and ``items.parquet`` if the data have titles and item features. The same
-    run gives the same bytes. An earlier export in ``out`` is replaced, anything else there is refused.
+    if the model has vectors, with ``fold_in`` for new users or, of a model that reads histories, ``encoder.onnx``;
+    ``titles.json`` and ``items.parquet`` if the data have titles and item features, ``segments.safetensors`` (what is
+    popular among users of a kind) if they have user features. The same run gives the same bytes. An earlier export in
+    ``out`` is replaced, anything else there is refused.
 
     Raises:
         UserError: an unfinished run, a model without one scorer (an ensemble), or ``out`` holds something else.
@@ -69,10 +73,12 @@ def export(run: Path, role: str, out: Path) -> Path:
         _write_ids(folder / "items.json", dataset.item_ids)
         save_file({"indptr": histories.indptr, "items": histories.items}, folder / "seen.safetensors")
         _write_items(folder, dataset)
+        segments = write_segments(folder, dataset, histories)
+        about = _describe(run, role, dataset, model)
         if isinstance(model, DotRecommender):
-            _write_vectors(folder, model, histories)
-        parity = _write_scorer(folder, model, histories)
-        about = {**_describe(run, role, dataset, model), "parity": parity, "files": _checksums(folder)}
+            about["fold_in"] = _write_vectors(folder, model, histories)
+        about["parity"] = _write_scorer(folder, model, histories)
+        about |= {"segments": segments, "files": _checksums(folder)}
         write_json(folder / "model.json", about)
         for file in folder.iterdir():  # safetensors makes files that only their owner may read
             file.chmod((folder / "model.json").stat().st_mode)
@@ -149,8 +155,11 @@ def _blocks(n_users: int, what: str) -> Iterator[np.ndarray]:
 
 
 @torch.no_grad()
-def _write_vectors(folder: Path, model: DotRecommender, histories: Histories) -> None:
-    """Write what an index needs; the user vectors of a model that reads histories are those of all of ``seen``."""
+def _write_vectors(folder: Path, model: DotRecommender, histories: Histories) -> dict[str, Any] | None:
+    """Write what an index needs; the user vectors of a model that reads histories are those of all of ``seen``.
+
+    Any other model has one vector a user, so a map for new users is fitted and its figures returned.
+    """
     item, bias = model.item_vectors(), model.item_bias()
     user = np.empty((model.n_users, item.shape[1]), dtype=np.float32)
     for block in _blocks(model.n_users, "user vectors"):
@@ -158,7 +167,13 @@ def _write_vectors(folder: Path, model: DotRecommender, histories: Histories) ->
     tensors = {"user_vectors": user, "item_vectors": np.ascontiguousarray(item.numpy())}
     if bias is not None:
         tensors["item_bias"] = bias.numpy()
+    about = None
+    if not model.sequential:
+        tensors["fold_in"], about = fit_fold_in(
+            user, tensors["item_vectors"], tensors.get("item_bias"), histories.indptr, histories.items
+        )
     save_file(tensors, folder / "vectors.safetensors")
+    return about
 
 
 def _write_scorer(folder: Path, model: DotRecommender | Ease, histories: Histories) -> dict[str, Any]:
@@ -185,6 +200,11 @@ def _write_scorer(folder: Path, model: DotRecommender | Ease, histories: Histori
     export_onnx(scorer, list(example.values()), path, inputs=inputs, outputs=outputs, top_k="scores")
     batches = (make(users[start : start + 64]) for start in range(0, len(users), 64))
     difference = check_parity(scorer, path, batches, outputs=outputs, tolerance=_TOLERANCE)
+    if isinstance(model, Sasrec):
+        encoder, path = SasrecEncoder(model), folder / "encoder.onnx"
+        export_onnx(encoder, list(example.values()), path, inputs=inputs, outputs=["user_vector"])
+        batches = (make(users[start : start + 64]) for start in range(0, len(users), 64))
+        check_parity(encoder, path, batches, outputs=["user_vector"], tolerance=_TOLERANCE)
     return {"max_abs_difference": difference, "relative_tolerance": _TOLERANCE, "users": len(users)}
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import onnxruntime
 from safetensors.numpy import load_file
 
+from apps.recsys.fold_in import fold_in
 from kdcore.config import UserError
 
 # of the folder; the number changes when an old reader would misread it
-FORMAT = "kdsuite-recommender/1"
+FORMAT = "kdsuite-recommender/2"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ExportedRecommender:
             UserError: the folder is no export, or of a format this version does not read.
         """
         self.folder = Path(folder)
-        self.about = self._about()
+        self.about = read_about(self.folder)
         self.user_ids: list[str | int] = self._json("users.json")
         self.item_ids: list[str | int] = self._json("items.json")
         self.titles: list[str | None] | None = self._json("titles.json") if self._has("titles.json") else None
@@ -49,8 +50,7 @@ class ExportedRecommender:
         seen = load_file(self.folder / "seen.safetensors")
         self._indptr, self._items = seen["indptr"], seen["items"]
         self._by_history = self.about["input"] == "history"
-        vectors = {} if self._by_history else load_file(self.folder / "vectors.safetensors")
-        self._user_vectors = vectors.get("user_vectors")
+        self._vectors = {} if self._by_history else load_file(self.folder / "vectors.safetensors")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         path = str(self.folder / "scorer.onnx")
@@ -71,19 +71,16 @@ class ExportedRecommender:
     ) -> list[Recommendation]:
         """Return the ``k`` best items of a known user, or after a history of item ids, oldest first.
 
-        A history takes the place of what is known of the user; ``exclude_seen`` leaves out what stands in it. Fewer
-        than k come where fewer are left.
+        A history takes the place of what is known of the user; ``exclude_seen`` leaves out what stands in it. A model
+        that has a vector per user folds it in (``apps.recsys.fold_in``). Fewer than k come where fewer are left.
 
         Raises:
-            UserError: an unknown user or item, both or neither given, k out of range, or a history for a model that
-                has a vector per user and reads none.
+            UserError: an unknown user or item, both or neither given, or k out of range.
         """
         if (user_id is None) == (history is None):
             raise UserError("wanted either user_id or history")
         if not 1 <= k <= len(self.item_ids):
             raise UserError(f"k: got {k}, wanted 1 to {len(self.item_ids)}, the number of items")
-        if history is not None and not self._by_history:
-            raise UserError(f"history: {self.about['label']} knows users by their vectors only; wanted user_id")
         seen = self._seen(user_id) if history is None else self._indices(history)
         scores = self._scores(user_id, seen)
         if exclude_seen:
@@ -95,9 +92,8 @@ class ExportedRecommender:
 
     def _scores(self, user_id: str | int | None, seen: np.ndarray) -> np.ndarray:
         """Return the scores of all items, float32 [n_items]."""
-        if self._user_vectors is not None:
-            user = self._user(user_id)
-            inputs = {"user_vector": self._user_vectors[user : user + 1]}
+        if not self._by_history:
+            inputs = {"user_vector": self._user_vector(user_id, seen)[None]}
         else:
             history, lengths = pad_histories([seen], len(self.item_ids), self.about["history_length"])
             inputs = {"history": history, "lengths": lengths}
@@ -105,6 +101,13 @@ class ExportedRecommender:
         inputs = {name: value for name, value in inputs.items() if name in wanted}
         scores: Any = self._session.run(["scores"], {**inputs, "k": np.ones(1, dtype=np.int64)})[0]
         return np.array(scores[0])
+
+    def _user_vector(self, user_id: str | int | None, seen: np.ndarray) -> np.ndarray:
+        """Return the vector of a known user, or that of a history, float32 [D]."""
+        vectors = self._vectors
+        if user_id is not None:
+            return np.asarray(vectors["user_vectors"][self._user(user_id)])
+        return fold_in(vectors["fold_in"], vectors["item_vectors"], vectors.get("item_bias"), seen)
 
     def _user(self, user_id: str | int | None) -> int:
         index = self._user_index.get(str(user_id))
@@ -131,13 +134,20 @@ class ExportedRecommender:
     def _json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
-    def _about(self) -> dict[str, Any]:
-        if not self._has("model.json"):
-            raise UserError(f"{self.folder}: no export here (model.json is missing)")
-        about: dict[str, Any] = self._json("model.json")
-        if about.get("format") != FORMAT:
-            raise UserError(f"{self.folder / 'model.json'}: format {about.get('format')!r}, wanted {FORMAT!r}")
-        return about
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return ``model.json`` of an export; a UserError if there is none of a format this version reads."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no export here (model.json is missing)")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the JSON of an export: {error}") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        raise UserError(f"{path}: format {found!r}, wanted {FORMAT!r}")
+    return about
 
 
 def pad_histories(

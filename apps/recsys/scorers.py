@@ -26,18 +26,30 @@ class VectorScorer(nn.Module):
         return user_vector @ self.items.T + self.bias
 
 
-class SasrecScorer(nn.Module):
-    """Histories int64 [B, T] and their lengths int64 [B] to user vectors [B, D] and scores [B, n_items]."""
+class SasrecEncoder(nn.Module):
+    """Histories int64 [B, T] and their lengths int64 [B] to user vectors [B, D]: what an index is asked with."""
 
     def __init__(self, model: Sasrec) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, history: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Score after the last item of each history; an empty one has the zero vector."""
+    def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Return the state after the last item of each history; an empty one has the zero vector."""
         hidden = self.model.hidden(history)
         rows = torch.arange(history.shape[0])
-        vectors = hidden[rows, (lengths - 1).clamp(min=0)] * (lengths > 0)[:, None]
+        return hidden[rows, (lengths - 1).clamp(min=0)] * (lengths > 0)[:, None]
+
+
+class SasrecScorer(nn.Module):
+    """Histories int64 [B, T] and their lengths int64 [B] to user vectors [B, D] and scores [B, n_items]."""
+
+    def __init__(self, model: Sasrec) -> None:
+        super().__init__()
+        self.model, self.encoder = model, SasrecEncoder(model)
+
+    def forward(self, history: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Score after the last item of each history."""
+        vectors = self.encoder(history, lengths)
         return vectors, vectors @ self.model.item_vectors().T
 
 

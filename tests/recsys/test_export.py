@@ -153,7 +153,7 @@ def test_vectors_give_the_scores(runs: dict[str, Path], exports: dict[str, Path]
             wanted = model.scores(torch.arange(dataset.n_users), all_histories(dataset)).numpy()
         np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5)
     assert not (exports["ease"] / "vectors.safetensors").exists()
-    assert set(load_file(exports["mf"] / "vectors.safetensors")) == {"user_vectors", "item_vectors", "item_bias"}
+    assert set(load_file(exports["mf"] / "vectors.safetensors")) == {"user_vectors", "item_vectors", "item_bias", "fold_in"}
 
 
 @pytest.mark.parametrize("name", ["ease", "sasrec"])
@@ -303,7 +303,7 @@ def test_runtime_refuses_what_it_cannot_answer(exports: dict[str, Path], tmp_pat
         (lambda: by_vector.recommend("nobody"), "unknown user 'nobody'"),
         (lambda: by_vector.recommend(), "either user_id or history"),
         (lambda: by_vector.recommend("ü1", history=["物1"]), "either user_id or history"),
-        (lambda: by_vector.recommend(history=["物1"]), "knows users by their vectors only"),
+        (lambda: by_vector.recommend(history=["x"]), "unknown item 'x'"),
         (lambda: by_history.recommend(history=["物1", "x"]), "unknown item 'x'"),
         (lambda: by_history.recommend("ü1", k=0), "k: got 0, wanted 1 to 40"),
         (lambda: ExportedRecommender(tmp_path), "model.json is missing"),

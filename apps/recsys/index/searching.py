@@ -1,0 +1,161 @@
+"""Asking an index: candidates by faiss, scores by exact float32 products with the caller's vectors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import faiss
+import numpy as np
+
+KINDS = ("auto", "exact", "int8", "hnsw", "ivfpq")
+
+# Queries in a batch from which a scan is a matrix product, process wide. faiss 1.15.1 has 128,000, which is never.
+BLAS_FROM = 8
+faiss.cvar.distance_compute_blas_threshold = BLAS_FROM
+
+# a scalar quantiser without this multiple of dimensions leaves its vector kernels: 2.5 times slower
+_LANES = 16
+# candidates by kind: factor x k + spare, since codes of 8 bits swap near neighbours and PQ codes swap more
+_FETCH = {"exact": (1, 2), "int8": (2, 8), "hnsw": (2, 4), "ivfpq": (10, 50)}
+
+
+class Index:
+    """Finds the items of the largest inner product with a query; may be asked from several threads.
+
+    ``about`` is what the JSON beside the index file holds; ``query_seconds`` the measured median of one query alone;
+    ``batches_well`` whether a batch was measured to cost much less than its queries one by one.
+    """
+
+    def __init__(self, kind: str, vectors: np.ndarray, inner: Any, about: dict[str, Any]) -> None:
+        """Take the kind, the vectors float32 [n, d], the faiss index (None: scan the vectors), and what is known."""
+        self.kind = kind
+        self.about = about
+        self.n_items, self.dimension = vectors.shape
+        self._vectors = vectors
+        self._pointer = faiss.swig_ptr(vectors)
+        self._inner = inner
+        self._padding = padded(self.dimension) - self.dimension if inner is not None else 0
+        self._factor, self._spare = _FETCH[kind]
+        self._parameters: dict[int, Any] = {}
+        tuned = about.get("ef_search") or about.get("nprobe")
+        if inner is not None and tuned:
+            self.set_effort(tuned)
+
+    @property
+    def query_seconds(self) -> float:
+        """Return the measured median time of one query alone, in seconds."""
+        return float(self.about["query_ms"]) / 1e3
+
+    @property
+    def batches_well(self) -> bool:
+        """Return whether many queries at once were measured to cost much less than one by one."""
+        return bool(self.about["batches_well"])
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best items of every query [B, d]: scores float32 [B, k] and items int64 [B, k], best first.
+
+        Equal scores are in index order among those returned. A row ends in item -1, score -inf where the index has
+        fewer than ``k`` items or found fewer.
+
+        Raises ValueError if k < 1, the shape is another, or a query has a NaN or an infinity.
+        """
+        queries = checked(queries, self.dimension, k)
+        fetch = min(self._factor * k + self._spare, self.n_items)
+        items = np.empty((len(queries), fetch), dtype=np.int64)
+        rough = np.empty((len(queries), fetch), dtype=np.float32)
+        self._find(queries, fetch, rough, items)
+        return self._rank(queries, k, rough, items)
+
+    def set_effort(self, effort: int) -> None:
+        """Set efSearch of an hnsw index, nprobe of an ivfpq one; not while others search."""
+        if self.kind == "hnsw":
+            self._inner.hnsw.efSearch = effort
+        elif self.kind == "ivfpq":
+            self._inner.nprobe = effort
+
+    def products(self, query: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Return the scores float32 [m] of items int64 [m] for one query float32 [d]."""
+        scores = np.empty(len(items), dtype=np.float32)
+        self._multiply(query, 1, len(items), scores, items)
+        return scores
+
+    def _find(self, queries: np.ndarray, fetch: int, rough: np.ndarray, items: np.ndarray) -> None:
+        """Fill in candidates and their scores, [B, fetch]; -1 and -inf where there are fewer."""
+        if self._inner is None:
+            faiss.knn_inner_product(
+                faiss.swig_ptr(queries), self._pointer, self.dimension, len(queries), self.n_items, fetch,
+                faiss.swig_ptr(rough), faiss.swig_ptr(items),
+            )  # fmt: skip
+            return
+        if self._padding:
+            wide = np.zeros((len(queries), self.dimension + self._padding), dtype=np.float32)
+            wide[:, : self.dimension] = queries
+            queries = wide
+        # the methods of faiss's own Python wrapper do this and check again what is known here
+        self._inner.search_c(
+            len(queries), faiss.swig_ptr(queries), fetch, faiss.swig_ptr(rough), faiss.swig_ptr(items),
+            self._effort(fetch),
+        )  # fmt: skip
+
+    def _effort(self, fetch: int) -> Any:
+        """Return faiss search parameters where the tuned ones would not do for a list this long, else None."""
+        if self.kind != "hnsw":
+            return None
+        wanted = fetch + fetch // 2
+        if wanted <= self._inner.hnsw.efSearch:
+            return None
+        parameters = self._parameters.get(wanted)
+        if parameters is None:
+            parameters = self._parameters[wanted] = faiss.SearchParametersHNSW(efSearch=wanted)
+        return parameters
+
+    def _multiply(self, queries: np.ndarray, rows: int, width: int, scores: np.ndarray, items: np.ndarray) -> None:
+        """Fill in the products of every query with the items of its row; -inf for item -1."""
+        faiss.fvec_inner_products_by_idx(
+            faiss.swig_ptr(scores), faiss.swig_ptr(queries), self._pointer, faiss.swig_ptr(items), self.dimension,
+            rows, width,
+        )  # fmt: skip
+
+    def _rank(
+        self, queries: np.ndarray, k: int, scores: np.ndarray, items: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k best of the candidates [B, fetch] by exact score; ``scores`` and ``items`` are written over."""
+        rows, width = items.shape
+        items.sort(axis=1)  # so that a stable sort by score leaves equal ones in index order
+        self._multiply(queries, rows, width, scores, items)
+        np.negative(scores, out=scores)
+        if rows == 1:  # half the time of what does for several rows
+            order = scores[0].argsort(kind="stable")[:k]
+            scores, items = scores[0][order][None], items[0][order][None]
+        else:
+            order = scores.argsort(axis=1, kind="stable")[:, :k]
+            scores = np.take_along_axis(scores, order, axis=1)
+            items = np.take_along_axis(items, order, axis=1)
+        np.negative(scores, out=scores)
+        if width < k:
+            scores = np.pad(scores, ((0, 0), (0, k - width)), constant_values=-np.inf)
+            items = np.pad(items, ((0, 0), (0, k - width)), constant_values=-1)
+        return scores, items
+
+
+def padded(dimension: int) -> int:
+    """Return the dimension that quantised vectors get: the next multiple of 16, filled up with zeros."""
+    return -(-dimension // _LANES) * _LANES
+
+
+def checked(queries: np.ndarray, dimension: int, k: int) -> np.ndarray:
+    """Return the queries as contiguous float32 [B, d].
+
+    Raises ValueError if k < 1, the shape is another, or a query has a NaN or an infinity.
+    """
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    if k < 1:
+        raise ValueError(f"k: got {k}, wanted at least 1")
+    if queries.ndim != 2 or queries.shape[1] != dimension:
+        raise ValueError(f"queries: got shape {queries.shape}, wanted (B, {dimension})")
+    # one product tells of most arrays that all is finite; where it overflows, every number is looked at
+    flat = queries.ravel()
+    if not math.isfinite(flat.dot(flat)) and not np.isfinite(queries).all():
+        raise ValueError("queries: got a NaN or an infinity, wanted finite numbers")
+    return queries

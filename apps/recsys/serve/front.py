@@ -1,0 +1,186 @@
+"""What every request passes: limits, keys, a request id, errors in one shape, a log line, a count.
+
+The POST endpoints are answered here, from bytes to bytes; everything else goes on to the FastAPI application, under the
+same rules. FastAPI's own way from request to function and back costs more than an approximate search of a million
+items.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from apps.recsys.serve.guard import Guard
+from apps.recsys.serve.logs import EventLines
+from apps.recsys.serve.metrics import Metrics
+from apps.recsys.serve.schema import Failure, ServiceError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+# (body, request id, key) -> body of the answer
+Endpoint = Callable[[bytes, str, bytes | None], Awaitable[bytes]]
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_JSON = (b"content-type", b"application/json")
+_SAFE = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+_log = logging.getLogger("kdsuite.serve")
+
+
+class _Disconnected(Exception):
+    """The client went away before its request had arrived."""
+
+
+class Head:
+    """The headers that matter, found in one pass."""
+
+    __slots__ = ("address", "key", "length", "request_id", "type")
+
+    def __init__(self, scope: MutableMapping[str, Any]) -> None:
+        self.key: bytes | None = None
+        self.request_id: bytes | None = None
+        self.type = self.length = b""
+        client = scope.get("client")
+        self.address: str = client[0] if client else ""
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                self.type = value
+            elif name == b"content-length":
+                self.length = value
+            elif name == b"authorization":
+                scheme, _, key = value.partition(b" ")
+                if scheme.lower() == b"bearer":
+                    self.key = key.strip()
+            elif name == b"x-api-key":
+                self.key = value
+            elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                self.request_id = value
+
+
+class Front:
+    """The ASGI application that is served."""
+
+    def __init__(
+        self,
+        application: Application,
+        guard: Guard,
+        metrics: Metrics,
+        lines: EventLines,
+        *,
+        max_body: int,
+        log_all: bool = True,
+    ) -> None:
+        """Take the application behind, and what every request is held against."""
+        self._application, self._guard, self._metrics, self._lines = application, guard, metrics, lines
+        self._max_body, self._log_all = max_body, log_all
+        self.posts: dict[str, Endpoint] = {}
+        # paths of the application that are counted by name; any other is counted as "other"
+        self.paths: set[str] = set()
+        # paths that need another key, which they check themselves
+        self.admin_paths: set[str] = set()
+        # what stands in answers and counts beside the endpoint
+        self.model_version, self.index = "", "none"
+        self._prefix, self._counter = secrets.token_hex(6), itertools.count()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+        started = time.perf_counter()
+        head, path, code = Head(scope), scope["path"], None
+        given = head.request_id
+        request_id = given.decode("ascii") if given is not None else f"{self._prefix}-{next(self._counter):x}"
+        caller = head.address
+        try:
+            if path.startswith("/v1/") and not self._guard.open:
+                if path not in self.admin_paths:
+                    caller = self._guard.caller(head.key, head.address)
+                self._guard.admit(caller)
+            endpoint = self.posts.get(path)
+            if endpoint is None:
+                status = await self._pass_on(scope, receive, send, request_id)
+            else:
+                body = await self._body(scope["method"], head, receive)
+                answer = await endpoint(body, request_id, head.key)
+                status = 200
+                await _send(send, status, answer, request_id)
+        except _Disconnected:
+            status, code = 499, "disconnected"
+        except ServiceError as error:
+            status, code = error.status, error.code
+            await _send(send, status, self._failure(error, request_id), request_id, error.headers)
+        except Exception:  # a defect: say so to the client, and all of it to the log
+            _log.exception("request %s failed", request_id)
+            status, code = 500, "internal"
+            error = ServiceError(500, "internal", "the service failed; its log has the request id")
+            await _send(send, status, self._failure(error, request_id), request_id)
+        seconds = time.perf_counter() - started
+        name = path if path in self.posts or path in self.paths else "other"
+        self._metrics.request(name, status, self.index, seconds)
+        if self._log_all or status >= 400:
+            self._lines.request(request_id, name, scope["method"], status, seconds, caller, code)
+
+    async def _body(self, method: str, head: Head, receive: Receive) -> bytes:
+        """Return the body of a POST request; ServiceError for another method or type, or too much of it."""
+        if method != "POST":
+            raise ServiceError(405, "method_not_allowed", f"{method[:16]}: wanted POST", headers={"allow": "POST"})
+        if head.type and head.type.partition(b";")[0].strip().lower() != b"application/json":
+            raise ServiceError(415, "unsupported_media_type", "wanted content-type: application/json")
+        if head.length.isdigit() and int(head.length) > self._max_body:
+            raise self._too_large()
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Disconnected
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body"):
+            if len(body) > self._max_body:
+                raise self._too_large()
+            return body
+        parts, size = [body], len(body)
+        while message.get("more_body"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Disconnected
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body:
+                raise self._too_large()
+        return b"".join(parts)
+
+    def _too_large(self) -> ServiceError:
+        return ServiceError(413, "too_large", f"wanted at most {self._max_body} bytes", headers={"connection": "close"})
+
+    async def _pass_on(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, request_id: str) -> int:
+        """Let the application answer; return its status."""
+        status = 500
+        scope["state"]["request_id"] = request_id
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
+            await send(message)
+
+        await self._application(scope, receive, sending)
+        return status
+
+    def _failure(self, error: ServiceError, request_id: str) -> bytes:
+        return msgspec.json.encode(Failure(error.problem(), request_id, self.model_version or None))
+
+
+async def _send(send: Send, status: int, body: bytes, request_id: str, headers: dict[str, str] | None = None) -> None:
+    head = [_JSON, (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id.encode("ascii")), *_SAFE]
+    if headers:
+        head += [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

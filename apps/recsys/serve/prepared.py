@@ -1,0 +1,288 @@
+"""What serving derives from an export once and then maps: id look-ups, encoded items, popularity, categories.
+
+It lives in ``.serving`` inside the export (or another folder where that cannot be written), belongs to one model
+version, and is made under a lock, so that workers that start together make it once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from apps.recsys.runtime import read_about
+from apps.recsys.serve.mapped import IdMap, Texts, map_safetensors, verify_files
+from kdcore.config import UserError
+from kdcore.run import atomic_path, fingerprint, read_json, write_json
+
+# changes when an old file would be misread
+_LAYOUT = 1
+_MAX_CATEGORIES = 4096
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An export and what was derived from it, all of it memory-mapped.
+
+    ``vectors`` float32 [n_items, d]: item vectors, with the item bias as one more coordinate (``has_bias``), or None
+    for a model without vectors. ``seen_indptr`` int64 [n_users + 1] and ``seen_items`` int32: what each user had.
+    ``popularity`` int32 [n_items]: items, the most popular first; ``counts`` int32 [n_items] their interactions.
+    ``heads`` is the JSON of each item up to its score, ``titles`` the title of each, encoded, or None.
+    """
+
+    folder: Path
+    cache: Path
+    about: dict[str, Any]
+    users: IdMap
+    items: IdMap
+    heads: Texts
+    titles: Texts | None
+    seen_indptr: np.ndarray
+    seen_items: np.ndarray
+    popularity: np.ndarray
+    counts: np.ndarray
+    vectors: np.ndarray | None
+    user_vectors: np.ndarray | None
+    has_bias: bool
+    categories: Categories
+    segments: Segments
+
+    @property
+    def version(self) -> str:
+        """Identifies weights and data."""
+        return str(self.about["model_version"])
+
+    def seen(self, user: int) -> np.ndarray:
+        """Return what a user had in the data the model was exported with, oldest first."""
+        return self.seen_items[self.seen_indptr[user] : self.seen_indptr[user + 1]]
+
+
+class Categories:
+    """Items by category: ``names`` as the data have them, items of each as an ascending array."""
+
+    def __init__(self, names: Sequence[str], indptr: np.ndarray, items: np.ndarray) -> None:
+        self.names = list(names)
+        self._rows = {name: row for row, name in enumerate(self.names)}
+        self._indptr, self._items = indptr, items
+        self.any_of = lru_cache(maxsize=16)(self._any_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def _any_of(self, names: tuple[str, ...]) -> np.ndarray:
+        """Return the items that are in any of some categories, ascending int32, each once."""
+        parts = [self._items[self._indptr[row] : self._indptr[row + 1]] for row in map(self._rows.__getitem__, names)]
+        return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+
+
+class Segments:
+    """The most popular items among users of a kind: ``table[feature][value]`` is a row of items and of shares."""
+
+    def __init__(self, names: Sequence[Sequence[str]], items: np.ndarray, shares: np.ndarray) -> None:
+        """Take (feature, value) of every row, items int32 [rows, n] and the share of each in its segment [rows, n]."""
+        self._items, self._shares = items, shares
+        self.table: dict[str, dict[str, int]] = {}
+        for row, (feature, value) in enumerate(names):
+            self.table.setdefault(feature, {})[value] = row
+
+    def rank(
+        self, segment: dict[str, str], popularity: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return all items and a score of each: those popular in the segment first, the rest by popularity.
+
+        The score is the item's share of the interactions in the segment, summed over its features; without a segment
+        it is the item's number of interactions.
+        """
+        rows = [self.table[feature][value] for feature, value in segment.items()]
+        if not rows:
+            return popularity, counts[popularity].astype(np.float32)
+        items, place = np.unique(self._items[rows].ravel(), return_inverse=True)
+        shares = np.bincount(place, weights=self._shares[rows].ravel().astype(np.float64))
+        known = shares > 0
+        items, shares = items[known], shares[known]
+        best = np.argsort(-shares, kind="stable")
+        rest = np.ones(len(popularity), bool)
+        rest[items] = False
+        scores = np.zeros(len(popularity), np.float32)
+        scores[: len(best)] = shares[best]
+        return np.concatenate([items[best], popularity[rest[popularity]]]), scores
+
+
+def open_prepared(folder: Path, cache: Path | None = None, announce: Announce = lambda text: None) -> Prepared:
+    """Return an export ready for serving, deriving what is missing.
+
+    Raises:
+        UserError: no export, a file that is missing, truncated or foreign (by name), or a cache that cannot be written.
+    """
+    about = read_about(folder)
+    version = str(about["model_version"])
+    cache = cache / version if cache is not None else folder / ".serving"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache):
+            verify_files(folder, about["files"], cache / "verified.json", announce)
+            if _stored_key(cache) != _key(about):
+                announce(f"preparing {about['label']} for serving: {about['items']:,} items, {about['users']:,} users")
+                _prepare(folder, about, cache)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{error.filename or cache}: cannot be written; name another folder with --cache DIR") from None
+    return _opened(folder, about, cache)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock: whoever comes second waits and finds the work done."""
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _key(about: dict[str, Any]) -> str:
+    return fingerprint(str(_LAYOUT), str(about["model_version"]), about["files"])
+
+
+def _stored_key(cache: Path) -> str | None:
+    try:
+        return str(read_json(cache / "prepared.json")["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _opened(folder: Path, about: dict[str, Any], cache: Path) -> Prepared:
+    derived, names = map_safetensors(cache / "prepared.safetensors"), read_json(cache / "prepared.json")
+    seen = map_safetensors(folder / "seen.safetensors")
+    vectors = map_safetensors(folder / "vectors.safetensors") if "vectors.safetensors" in about["files"] else {}
+    try:
+        return Prepared(
+            folder=folder,
+            cache=cache,
+            about=about,
+            users=IdMap.of(derived, "users"),
+            items=IdMap.of(derived, "items"),
+            heads=Texts(derived["heads.offsets"], derived["heads.data"]),
+            titles=Texts(derived["titles.offsets"], derived["titles.data"]) if "titles.data" in derived else None,
+            seen_indptr=seen["indptr"],
+            seen_items=seen["items"],
+            popularity=derived["popularity"],
+            counts=derived["counts"],
+            vectors=derived.get("vectors", vectors.get("item_vectors")),
+            user_vectors=vectors.get("user_vectors"),
+            has_bias="vectors" in derived,
+            categories=Categories(names["categories"], derived["categories.indptr"], derived["categories.items"]),
+            segments=_segments(folder, about),
+        )
+    except KeyError as error:
+        raise UserError(f"{folder}: an array {error} is missing; export the model again") from None
+
+
+def _segments(folder: Path, about: dict[str, Any]) -> Segments:
+    if "segments.safetensors" not in about["files"]:
+        return Segments([], np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
+    arrays = map_safetensors(folder / "segments.safetensors")
+    return Segments(about["segments"], arrays["items"], arrays["shares"])
+
+
+def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
+    """Write ``prepared.safetensors`` and then ``prepared.json``, whose key says that both are whole."""
+    started = time.perf_counter()
+    user_ids, item_ids = _ids(folder / "users.json", about["users"]), _ids(folder / "items.json", about["items"])
+    titles = _ids(folder / "titles.json", about["items"]) if "titles.json" in about["files"] else None
+    seen = map_safetensors(folder / "seen.safetensors")
+    arrays = {f"users.{name}": array for name, array in IdMap.pack(user_ids).items()}
+    arrays |= {f"items.{name}": array for name, array in IdMap.pack(item_ids).items()}
+    arrays["heads.offsets"], arrays["heads.data"] = Texts.pack(_heads(item_ids, titles))
+    if titles is not None:
+        arrays["titles.offsets"], arrays["titles.data"] = Texts.pack((title or "").encode() for title in titles)
+    arrays["counts"] = np.bincount(seen["items"], minlength=len(item_ids)).astype(np.int32)
+    arrays["popularity"] = np.argsort(-arrays["counts"], kind="stable").astype(np.int32)
+    names, arrays["categories.indptr"], arrays["categories.items"] = _categories(folder, about)
+    if "vectors.safetensors" in about["files"]:
+        stored = map_safetensors(folder / "vectors.safetensors")
+        if "item_bias" in stored:
+            arrays["vectors"] = np.column_stack([stored["item_vectors"], stored["item_bias"]]).astype(np.float32)
+    with atomic_path(cache / "prepared.safetensors") as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+    seconds = round(time.perf_counter() - started, 3)
+    write_json(cache / "prepared.json", {"key": _key(about), "seconds": seconds, "categories": names})
+
+
+def _ids(path: Path, wanted: int) -> list[Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the JSON that an export has: {error}") from None
+    if not isinstance(values, list) or len(values) != wanted:
+        raise UserError(f"{path}: wanted a list of {wanted}; export the model again")
+    return values
+
+
+def _heads(ids: Sequence[str | int], titles: Sequence[str | None] | None) -> Iterator[bytes]:
+    """Yield the JSON of each item as far as it does not depend on who asks: up to the score's value."""
+    for index, identifier in enumerate(ids):
+        head = {"item_id": identifier}
+        if titles is not None and titles[index]:
+            head["title"] = titles[index]  # type: ignore[assignment]
+        yield json.dumps(head, ensure_ascii=False, separators=(",", ":"))[:-1].encode() + b',"score":'
+
+
+def _categories(folder: Path, about: dict[str, Any]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the names, and the items of each compressed: every token of the text and list columns of the items."""
+    if "items.parquet" not in about["files"]:
+        return [], np.zeros(1, np.int64), np.empty(0, np.int32)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    names: list[str] = []
+    items: list[np.ndarray] = []
+    parquet = pq.ParquetFile(folder / "items.parquet")
+    for field in parquet.schema_arrow:
+        if field.name in ("item_id", "title") or not _is_text(field.type):
+            continue
+        column = parquet.read(columns=[field.name])[field.name].combine_chunks()
+        nested = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        row = pc.list_parent_indices(column) if nested else pa.array(np.arange(len(column)))
+        values = (pc.list_flatten(column) if nested else column).dictionary_encode()
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        if len(values.dictionary) > _MAX_CATEGORIES:
+            continue  # a name or a description, not a category
+        code, kept = values.indices.fill_null(-1).to_numpy(), row.to_numpy()
+        for index, name in enumerate(values.dictionary.to_pylist()):
+            if name:
+                names.append(name)
+                items.append(np.unique(kept[code == index]).astype(np.int32))
+    return _merged(names, items)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _merged(names: list[str], items: list[np.ndarray]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return every name once, sorted; two columns may share one."""
+    joined: dict[str, np.ndarray] = {}
+    for name, array in zip(names, items, strict=True):
+        joined[name] = np.union1d(joined[name], array) if name in joined else array
+    ordered = sorted(joined)
+    indptr = np.concatenate([[0], np.cumsum([len(joined[name]) for name in ordered])]).astype(np.int64)
+    flat = np.concatenate([joined[name] for name in ordered]) if ordered else np.empty(0)
+    return ordered, indptr, flat.astype(np.int32)

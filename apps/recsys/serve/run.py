@@ -1,0 +1,109 @@
+"""Starts the service: checks and prepares everything first, then serves with one worker or several."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from apps.recsys.serve.guard import read_admin_key, read_keys
+from apps.recsys.serve.logs import configure_logging
+from apps.recsys.serve.metrics import share_metrics
+from apps.recsys.serve.settings import ServeSettings
+from kdcore.config import UserError
+
+Announce = Callable[[str], None]
+
+
+def prepare(settings: ServeSettings, announce: Announce) -> None:
+    """Check, prepare and index the model (and the shadow), so that workers only map files; UserError if it is bad."""
+    from apps.recsys.serve.model import ServedModel
+
+    for folder in filter(None, (settings.model, settings.shadow)):
+        ServedModel(
+            Path(folder),
+            index=settings.index,
+            cache=settings.cache_folder,
+            recall=settings.recall,
+            announce=announce,
+        )
+
+
+def serve(settings: ServeSettings, announce: Announce) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what was begun; return the exit code."""
+    if settings.api_keys:
+        read_keys(Path(settings.api_keys))
+    if settings.admin_key:
+        read_admin_key(Path(settings.admin_key))
+    prepare(settings, announce)
+    if settings.events:
+        _try_events(settings.events)
+    listener = _listen(settings.host, settings.port)
+    state = Path(tempfile.mkdtemp(prefix="kd-serve-"))
+    settings = replace(settings, state=str(state), port=listener.getsockname()[1])
+    try:
+        share_metrics(state / "metrics")
+        settings.to_environment()
+        config = _config(settings)
+        announce(f"serving on http://{settings.host}:{settings.port}")
+        if settings.workers == 1:
+            server = uvicorn.Server(config)
+            server.run(sockets=[listener])
+            return 0 if server.started else 1
+        configure_logging()
+        supervisor = Multiprocess(config, sockets=[listener])
+        supervisor.run()
+        failed = [process for process in supervisor.processes if process.exitcode not in (0, None, -15)]
+        return 1 if failed else 0
+    finally:
+        with suppress(OSError):
+            listener.close()
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _try_events(url: str) -> None:
+    """Open the event store once: what is wrong with it is said before anything listens."""
+    from apps.recsys.events import EventStore
+
+    EventStore(url).close()
+
+
+def _config(settings: ServeSettings) -> uvicorn.Config:
+    from apps.recsys.serve.protocol import BoundedProtocol
+
+    return uvicorn.Config(
+        "apps.recsys.serve.app:create",
+        factory=True,
+        http=BoundedProtocol,
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(settings.drain_timeout),
+        backlog=2048,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a bound socket; UserError where the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
+    listener.set_inheritable(True)
+    return listener
