@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,23 @@ _SASREC_ML100K = [
 _QUALITY_SEEDS = [0, 1, 2, 3, 4]
 _BEAUTY_SEEDS = [0, 1, 2]
 # a trial takes minutes there, and the first is the recipe's own settings
-_BEAUTY_TRIALS = 6
+_BEAUTY_TRIALS = 4
 
 
-def run_bench(what: str, output: Path | None, work: Path) -> int:
-    """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically."""
-    result = BENCHMARKS[what](work)
+def run_bench(what: str, output: Path | None, work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> int:
+    """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically.
+
+    ``quick`` and ``only`` (some of its parts) are for ``serve``.
+    """
+    if what == "serve":
+        result = serve(work, quick=quick, only=only)
+    elif quick or only:
+        raise UserError(f"--{'quick' if quick else 'only'}: bench {what} has no such option, wanted bench serve with it")
+    else:
+        result = BENCHMARKS[what](work)
     # as anyone would type it: where the runs lay on this machine is of no use to another
     command = ["kd", "recsys", "bench", what, *(["--json", f"benchmarks/results/{output.name}"] if output else [])]
+    command += ["--quick"] if quick else []
     result = {**result, "benchmark": f"recsys {what}", "provenance": provenance(command=command, load=os.getloadavg())}
     if output is not None:
         write_json(output, result)
@@ -97,6 +106,13 @@ def evaluate(work: Path) -> dict[str, Any]:
     from apps.recsys import bench_evaluate
 
     return bench_evaluate.run()
+
+
+def serve(work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a real server under load, and what it promises beside it: memory, reloads, events, the page."""
+    from apps.recsys import bench_serve
+
+    return bench_serve.run(work, quick=quick, only=only)
 
 
 def teachers(work: Path) -> dict[str, Any]:
@@ -218,4 +234,5 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "train": train,
     "teachers": teachers,
     "evaluate": evaluate,
+    "serve": serve,
 }

@@ -310,18 +310,25 @@ def _export(args: argparse.Namespace) -> int:
 def _add_bench(verbs: Any) -> None:
     parser = verbs.add_parser(
         "bench",
-        help="measure: quality, beauty, train, teachers, evaluate",
-        epilog=example("kd recsys bench quality --json benchmarks/results/recsys_quality.json"),
+        help="measure: quality, beauty, train, teachers, evaluate, serve",
+        epilog=example(
+            "kd recsys bench quality --json benchmarks/results/recsys_quality.json",
+            "kd recsys bench serve --quick --only throughput,latency",
+        ),
     )
-    parser.add_argument("what", choices=("quality", "beauty", "train", "teachers", "evaluate"), help="which benchmark")
+    whats = ("quality", "beauty", "train", "teachers", "evaluate", "serve")
+    parser.add_argument("what", choices=whats, help="which benchmark")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
+    parser.add_argument("--quick", action="store_true", help="serve: small and short, to see that it works")
+    parser.add_argument("--only", default="", help="serve: some of its parts, joined by commas")
 
 
 def _bench(args: argparse.Namespace) -> int:
     from apps.recsys.bench import run_bench
 
-    return run_bench(args.what, args.json, args.work)
+    only = [name for name in args.only.split(",") if name]
+    return run_bench(args.what, args.json, args.work, quick=args.quick, only=only)
 
 
 def demo(folder: Path) -> None:

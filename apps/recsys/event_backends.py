@@ -95,7 +95,7 @@ def open_backend(url: str, *, create: bool) -> Backend:
     raise UserError("events: wanted a file, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """Return the message of an error as one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -107,7 +107,7 @@ class Sqlite:
     _COLUMNS = "user_id, item_id, timestamp, kind, rating, event_key"
     _INSERT = f"INSERT INTO kd_events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
     _ITEMS = "SELECT item_id FROM kd_events WHERE user_id = ? ORDER BY id DESC LIMIT ?"
-    _BLOCK = f"SELECT id, {_COLUMNS} FROM kd_events WHERE id > ? AND id <= ? ORDER BY id LIMIT {BLOCK_ROWS}"
+    _BLOCK = f"SELECT id, {_COLUMNS} FROM kd_events WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
     _SCHEMA = (
         "CREATE TABLE kd_events (id INTEGER PRIMARY KEY, user_id TEXT NOT NULL, item_id TEXT NOT NULL,"
         " timestamp REAL NOT NULL, kind TEXT NOT NULL, rating REAL, event_key TEXT)",
@@ -148,7 +148,8 @@ class Sqlite:
     def _prepare(self, create: bool) -> None:
         """Make the schema unless it is there; of processes that start together one does, the others find it."""
         run = self._writer.execute
-        empty = self._is_empty()
+        with self._transaction("DEFERRED"):  # all that it looks at is of one moment
+            empty = self._is_empty()
         if empty and not create:
             raise UserError(f"{self.name}: holds no events")
         if not create:
@@ -176,8 +177,8 @@ class Sqlite:
         return False
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        _patiently(partial(self._writer.execute, "BEGIN IMMEDIATE"))
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        _patiently(partial(self._writer.execute, f"BEGIN {kind}"))
         try:
             yield
             self._writer.execute("COMMIT")
@@ -240,13 +241,13 @@ class Sqlite:
                 for each in ("user_id", "item_id")
             )
             plain = [bool(run(odd.format(each), last).fetchone()[0]) for each in ("user_id", "item_id")]
-            yield Facts(rows, users, items, rated, *plain), self._blocks(last[0])
+            yield Facts(rows, rated, users, items, *plain), self._blocks(last[0])
         except sqlite3.Error as error:
             raise UserError(f"{self.name}: cannot be read: {one_line(error)}") from None
 
     def _blocks(self, last: int) -> Iterator[Block]:
         first = 0
-        while block := self._reader().execute(self._BLOCK, (first, last)).fetchall():
+        while block := self._reader().execute(self._BLOCK, (first, last, BLOCK_ROWS)).fetchall():
             first = block[-1][0]
             yield block
 
@@ -284,8 +285,8 @@ class Postgres:
         self._sa = sa
         self._failures = (sa.exc.SQLAlchemyError, psycopg.Error)
         url = _parsed(address)
-        self._secrets = [value for key, value in url.query.items() if "password" in key]
-        self._secrets += [] if url.password is None else [url.password]
+        given = [url.password, *(value for key, value in url.query.items() if "password" in key)]
+        self._secrets = [str(each) for each in given if each]
         self.name = f"postgresql://{url.host or 'localhost'}{f':{url.port}' if url.port else ''}/{url.database or ''}"
         patience = {"connect_timeout": _CONNECT_SECONDS, "tcp_user_timeout": 1000 * _STATEMENT_SECONDS}
         self._engine = sa.create_engine(
@@ -296,6 +297,8 @@ class Postgres:
             hide_parameters=True,
             connect_args={name: value for name, value in patience.items() if name not in url.query},
         )
+        # without a transaction around it, a read is two trips to the server shorter
+        self._one_statement = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         sa.event.listen(self._engine, "connect", _on_connect)
         self._events, self._schema = _tables(sa)
         insert = postgresql.insert(self._events).on_conflict_do_nothing()
@@ -327,15 +330,15 @@ class Postgres:
                 raise UserError(f"{self.name}: has events of version {version}, this release reads version {_VERSION}")
 
     def _cause(self, error: BaseException) -> str:
-        text = one_line(getattr(error, "orig", None) or error)
+        text = str(getattr(error, "orig", None) or error)
         for secret in self._secrets:
-            text = text.replace(str(secret), "***")
-        return text
+            text = text.replace(secret, "***")
+        return one_line(text)
 
     @contextmanager
-    def _begin(self) -> Iterator[Any]:
+    def _begin(self, engine: Any = None) -> Iterator[Any]:
         try:
-            with self._engine.begin() as connection:
+            with (engine or self._engine).begin() as connection:
                 yield connection
         except self._failures as error:
             raise EventStoreError(f"{self.name}: {self._cause(error)}") from error
@@ -361,7 +364,7 @@ class Postgres:
             return []  # no id that was ever stored
         table = self._events.c
         query = self._sa.select(table.item_id).where(table.user_id == user_id)
-        with self._begin() as connection:
+        with self._begin(self._one_statement) as connection:
             rows = connection.execute(query.order_by(table.id.desc()).limit(max(limit, 0))).all()
         return [item for (item,) in reversed(rows)]
 

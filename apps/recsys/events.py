@@ -35,7 +35,7 @@ from kdcore.run import atomic_path
 __all__ = ["MAX_CHARACTERS", "Event", "EventStore", "EventStoreBusy", "EventStoreError", "export_events"]
 
 MAX_CHARACTERS = 512  # of an id or kind; PostgreSQL's index holds no more than 2,704 bytes of a row
-_LARGEST_RATING = 3.4028234e38  # the canonical log has 32-bit ratings
+_LARGEST_RATING = 3.4028234663852886e38  # of 32 bits, as in the canonical log
 _BATCH_EVENTS = 2_000
 
 

@@ -1,9 +1,10 @@
 """A vector for a user the model has never met, from the items of a history: no training, no torch.
 
 The map is a ridge regression, fitted when a model is exported, from summaries of the known users' histories to the
-vectors that training gave them; one for short histories, one for each length that is about twice as long. It imitates the trained vectors far better than solving the least-squares problem of a
-matrix factorisation for one user (Hu, Koren and Volinsky, 2008), since a distilled student's vectors minimise another
-loss; ``model.json`` says how many of the ten best items agree for users that were held out of the fit.
+vectors that training gave them; one for short histories, one for each length that is about twice as long. It imitates
+the trained vectors far better than solving the least-squares problem of a matrix factorisation for one user (Hu, Koren
+and Volinsky, 2008), since a distilled student's vectors minimise another loss; ``model.json`` says how many of the ten
+best items agree for users that were held out of the fit.
 """
 
 from __future__ import annotations

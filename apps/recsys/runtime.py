@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from safetensors.numpy import load_file
 
 from apps.recsys.fold_in import fold_in
@@ -51,6 +50,8 @@ class ExportedRecommender:
         self._indptr, self._items = seen["indptr"], seen["items"]
         self._by_history = self.about["input"] == "history"
         self._vectors = {} if self._by_history else load_file(self.folder / "vectors.safetensors")
+        import onnxruntime  # a service reads this module and, for most models, needs no ONNX
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         path = str(self.folder / "scorer.onnx")

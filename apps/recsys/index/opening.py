@@ -26,7 +26,7 @@ FEW_ITEMS = 1024
 def choose(n_items: int, dimension: int) -> tuple[str, str]:
     """Return the kind that "auto" begins with and why."""
     if n_items * dimension <= EXACT_NUMBERS or n_items <= FEW_ITEMS:
-        return "exact", "a scan of so few items is cheap"
+        return "exact", "a scan of so few is cheap"
     if n_items <= HNSW_ITEMS:
         return "hnsw", "a scan of all items takes too long for one request"
     return "ivfpq", f"a graph over more than {HNSW_ITEMS:,} items takes hours and gigabytes"
@@ -84,7 +84,13 @@ def _check(kind: str, vectors: np.ndarray, sample: np.ndarray, recall: float) ->
 
 
 def _open(
-    kind: str, vectors: np.ndarray, folder: Path, sample: np.ndarray, fingerprint: str, recall: float, announce: Announce
+    kind: str,
+    vectors: np.ndarray,
+    folder: Path,
+    sample: np.ndarray,
+    fingerprint: str,
+    recall: float,
+    announce: Announce,
 ) -> Index:
     wanted = identity(kind, vectors.shape, fingerprint)
     about = read_about(folder, wanted)

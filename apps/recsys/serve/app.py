@@ -135,7 +135,9 @@ def _add_routes(application: FastAPI) -> None:
         ready = request.app.state.service.ready
         return _answer(request, {"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
-    @application.get("/metrics", tags=["operations"])
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @application.get("/metrics", tags=["operations"], response_class=Response, responses=text)  # type: ignore[arg-type]
     async def metrics() -> Response:
         """What Prometheus reads, summed over the workers."""
         text, kind = Metrics.text()

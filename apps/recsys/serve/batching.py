@@ -13,13 +13,15 @@ _MAX_BATCH, _MAX_WAITING = 64, 4096
 # a plan that takes longer than this is computed in the thread: the event loop has others to talk to
 _INLINE_SECONDS = 3e-4
 
+_Waiting = tuple[ServedModel, Plan, asyncio.Future[bytes]]
+
 
 class Batcher:
     """Answers plans in one thread, so that the event loop stays free, and in batches, so that a scan serves many."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "recommend")
-        self._waiting: list[tuple[ServedModel, Plan, asyncio.Future[bytes]]] = []
+        self._waiting: list[_Waiting] = []
         self._busy = False
 
     @staticmethod
@@ -50,7 +52,8 @@ class Batcher:
 
     def _next(self) -> None:
         model = self._waiting[0][0]
-        taken, left = [], []
+        taken: list[_Waiting] = []
+        left: list[_Waiting] = []
         for each in self._waiting:  # a reload may leave two models waiting
             (taken if each[0] is model and len(taken) < _MAX_BATCH else left).append(each)
         self._waiting = left

@@ -29,7 +29,7 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 # (body, request id, key) -> body of the answer
 Endpoint = Callable[[bytes, str, bytes | None], Awaitable[bytes]]
 
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _JSON = (b"content-type", b"application/json")
 _SAFE = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 _log = logging.getLogger("kdsuite.serve")
@@ -121,8 +121,8 @@ class Front:
         except Exception:  # a defect: say so to the client, and all of it to the log
             _log.exception("request %s failed", request_id)
             status, code = 500, "internal"
-            error = ServiceError(500, "internal", "the service failed; its log has the request id")
-            await _send(send, status, self._failure(error, request_id), request_id)
+            failure = ServiceError(500, "internal", "the service failed; its log has the request id")
+            await _send(send, status, self._failure(failure, request_id), request_id)
         seconds = time.perf_counter() - started
         name = path if path in self.posts or path in self.paths else "other"
         self._metrics.request(name, status, self.index, seconds)

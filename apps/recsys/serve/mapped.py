@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,22 +37,25 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from None
-    if size == 8 + length:
-        data = np.empty(0, np.uint8)
-    else:
-        data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+    nothing = size == 8 + length  # which cannot be mapped
+    data = np.empty(0, np.uint8) if nothing else np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+    data = data.view(np.ndarray)  # slicing a memmap goes through Python, which costs microseconds a request
     try:
         return {name: _tensor(data, about) for name, about in header.items() if name != "__metadata__"}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from None
 
 
-def _tensor(data: np.ndarray, about: dict[str, object]) -> np.ndarray:
-    begin, end = about["data_offsets"]  # type: ignore[misc]
-    dtype, shape = np.dtype(_DTYPES[str(about["dtype"])]), tuple(about["shape"])  # type: ignore[arg-type,var-annotated]
+def _tensor(data: np.ndarray, about: dict[str, Any]) -> np.ndarray:
+    begin, end = about["data_offsets"]
+    dtype, shape = np.dtype(_DTYPES[about["dtype"]]), tuple(about["shape"])
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError("a tensor lies outside the file: it is truncated")
     return data[begin:end].view(dtype).reshape(shape)
+
+
+def _view(array: Any) -> memoryview:
+    return memoryview(array)
 
 
 def digest(text: str) -> int:
@@ -63,7 +67,7 @@ class Texts:
     """Many byte strings in one array: text i is ``data[offsets[i]:offsets[i + 1]]``; offsets uint64 [n + 1]."""
 
     def __init__(self, offsets: np.ndarray, data: np.ndarray) -> None:
-        self._offsets, self._data = memoryview(offsets), memoryview(data)  # plain integers and bytes, no NumPy scalars
+        self._offsets, self._data = _view(offsets), _view(data)  # plain integers and bytes, no NumPy scalars
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -88,7 +92,7 @@ class IdMap:
 
     def __init__(self, hashes: np.ndarray, rows: np.ndarray, ids: Texts) -> None:
         """Take ascending hashes uint64 [n], the index of each int32 [n], and all ids as text in index order."""
-        self._hashes, self._rows, self.ids = memoryview(hashes), memoryview(rows), ids
+        self._hashes, self._rows, self.ids = _view(hashes), _view(rows), ids
 
     def __len__(self) -> int:
         return len(self._rows)

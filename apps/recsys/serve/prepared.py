@@ -132,7 +132,7 @@ def open_prepared(folder: Path, cache: Path | None = None, announce: Announce = 
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache):
             verify_files(folder, about["files"], cache / "verified.json", announce)
-            if _stored_key(cache) != _key(about):
+            if not _is_prepared(cache, _key(about)):
                 announce(f"preparing {about['label']} for serving: {about['items']:,} items, {about['users']:,} users")
                 _prepare(folder, about, cache)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -155,11 +155,13 @@ def _key(about: dict[str, Any]) -> str:
     return fingerprint(str(_LAYOUT), str(about["model_version"]), about["files"])
 
 
-def _stored_key(cache: Path) -> str | None:
+def _is_prepared(cache: Path, key: str) -> bool:
+    """Return whether what was derived is there, whole, and of this model; anything else is made again."""
     try:
-        return str(read_json(cache / "prepared.json")["key"])
+        about, size = read_json(cache / "prepared.json"), (cache / "prepared.safetensors").stat().st_size
+        return bool(about["key"] == key and about["bytes"] == size)
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
 
 
 def _opened(folder: Path, about: dict[str, Any], cache: Path) -> Prepared:
@@ -202,6 +204,7 @@ def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
     user_ids, item_ids = _ids(folder / "users.json", about["users"]), _ids(folder / "items.json", about["items"])
     titles = _ids(folder / "titles.json", about["items"]) if "titles.json" in about["files"] else None
     seen = map_safetensors(folder / "seen.safetensors")
+    _check_seen(folder / "seen.safetensors", seen, len(user_ids), len(item_ids))
     arrays = {f"users.{name}": array for name, array in IdMap.pack(user_ids).items()}
     arrays |= {f"items.{name}": array for name, array in IdMap.pack(item_ids).items()}
     arrays["heads.offsets"], arrays["heads.data"] = Texts.pack(_heads(item_ids, titles))
@@ -212,12 +215,36 @@ def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
     names, arrays["categories.indptr"], arrays["categories.items"] = _categories(folder, about)
     if "vectors.safetensors" in about["files"]:
         stored = map_safetensors(folder / "vectors.safetensors")
+        _check_vectors(folder / "vectors.safetensors", stored, about)
         if "item_bias" in stored:
             arrays["vectors"] = np.column_stack([stored["item_vectors"], stored["item_bias"]]).astype(np.float32)
     with atomic_path(cache / "prepared.safetensors") as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
-    seconds = round(time.perf_counter() - started, 3)
-    write_json(cache / "prepared.json", {"key": _key(about), "seconds": seconds, "categories": names})
+    size, seconds = (cache / "prepared.safetensors").stat().st_size, round(time.perf_counter() - started, 3)
+    write_json(cache / "prepared.json", {"key": _key(about), "bytes": size, "seconds": seconds, "categories": names})
+
+
+def _check_seen(path: Path, seen: dict[str, np.ndarray], n_users: int, n_items: int) -> None:
+    """Refuse histories that point anywhere but into the catalogue."""
+    indptr, items = seen.get("indptr"), seen.get("items")
+    if indptr is None or items is None or len(indptr) != n_users + 1:
+        raise UserError(f"{path}: wanted the histories of {n_users} users; export the model again")
+    if indptr[0] != 0 or indptr[-1] != len(items) or np.any(np.diff(indptr) < 0):
+        raise UserError(f"{path}: the histories overlap or end outside the file")
+    if len(items) and not 0 <= items.min() <= items.max() < n_items:
+        raise UserError(f"{path}: holds items outside 0..{n_items - 1}")
+
+
+def _check_vectors(path: Path, stored: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    width = about["dimension"]
+    wanted = {"user_vectors": (about["users"], width), "item_vectors": (about["items"], width)}
+    if "item_bias" in stored:
+        wanted["item_bias"] = (about["items"],)
+    for name, shape in wanted.items():
+        if name not in stored or stored[name].shape != shape:
+            raise UserError(f"{path}: {name}: wanted shape {shape}; export the model again")
+        if not np.isfinite(stored[name]).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
 
 
 def _ids(path: Path, wanted: int) -> list[Any]:

@@ -1,7 +1,7 @@
 """Several worker processes as one service: a reload reaches them all, and says when it has.
 
-They share a folder. ``target.json`` has the number of the last reload; ``worker-PID.json`` what each worker answers with,
-under a lock that the system frees when the worker dies.
+They share a folder. ``target.json`` has the number of the last reload; ``worker-PID.json`` what each worker answers
+with, under a lock that the system frees when the worker dies.
 """
 
 from __future__ import annotations
