@@ -53,7 +53,7 @@ def run_bench(what: str, output: Path | None, work: Path, *, quick: bool = False
     if what == "serve":
         result = serve(work, quick=quick, only=only)
     elif quick or only:
-        raise UserError(f"--{'quick' if quick else 'only'}: bench {what} has no such option, wanted bench serve with it")
+        raise UserError(f"--{'quick' if quick else 'only'}: is for bench serve, got bench {what}")
     else:
         result = BENCHMARKS[what](work)
     # as anyone would type it: where the runs lay on this machine is of no use to another

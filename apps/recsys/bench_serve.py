@@ -97,6 +97,7 @@ class Bench:
         self.server_cores = [cores[0]] if len(cores) > 1 else None
         self.client_cores = cores[1:2] if len(cores) > 1 else None
         self.announce = Announcer()
+        self._ready: set[tuple[Path, str]] = set()
 
     def seconds(self, full: float) -> float:
         """Return how long to measure."""
@@ -108,11 +109,10 @@ class Bench:
         if not (folder / "model.json").exists():
             self.announce(f"making up a model of {n_items:,} items x 64")
             write_export(folder, n_items, n_users=n_users, seed=seed)
-        if not (folder / f".{index}-ready").exists():
-            self.announce(f"preparing it with --index {index}")
+        if (folder, index) not in self._ready:  # in each run: the code that made an index may have changed since
             words = ["--model", str(folder), "--index", index, "--prepare-only"]
             subprocess.run([sys.executable, "-m", "apps.cli", "recsys", "serve", *words], check=True, env=environment())
-            (folder / f".{index}-ready").touch()
+            self._ready.add((folder, index))
         return folder
 
     def server(self, model: Path, index: str, *words: str, events: str = "") -> Server:
@@ -140,14 +140,10 @@ class Bench:
             return None
         script = self.folder / "recommend.lua"
         script.write_text(_LUA.replace("USERS", str(_USERS)).replace("K", str(_K), 1), encoding="utf-8")
-        words = ["-t1", f"-c{connections}", f"-d{max(round(seconds), 1)}s", "-s", str(script)]
+        words = ["wrk", "-t1", "--timeout", "30s", f"-c{connections}", f"-d{max(round(seconds), 1)}s"]
+        words += ["-s", str(script), f"http://127.0.0.1:{server.port}/v1/recommend"]
         with pinned(self.client_cores):
-            done = subprocess.run(
-                ["wrk", *words, f"http://127.0.0.1:{server.port}/v1/recommend"],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         rate = report["requests"] / report.pop("seconds")
         return {"client": "wrk", "connections": connections, "requests_per_second": round(rate, 1), **report}
@@ -178,7 +174,8 @@ def _asking(port: int, *, together: int = 0, **options: Any) -> Load:
 
 def calibration(bench: Bench) -> dict[str, Any]:
     """Measure an empty handler and the client."""
-    with Server([], Path(tempfile.mkdtemp(dir=bench.folder)), bench.server_cores, bare=True) as server:
+    folder = Path(tempfile.mkdtemp(prefix="server-", dir=bench.folder))
+    with Server([], folder, bench.server_cores, bare=True) as server:
         load = replace(_asking(server.port, seconds=bench.seconds(10)), wanted=None)
         bench.load(server, replace(load, seconds=1.0))
         row = bench.load(server, load)
@@ -434,6 +431,8 @@ def run(work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> dict[st
             raise UserError(f"--only: unknown part {name!r}; wanted {', '.join(PARTS)}")
     bench = Bench(work / ("serve-quick" if quick else "serve"), quick)
     bench.folder.mkdir(parents=True, exist_ok=True)
+    for left in itertools.chain(*(bench.folder.glob(f"{what}-*") for what in ("server", "reload", "events"))):
+        shutil.rmtree(left, ignore_errors=True)
     for name in only or PARTS:
         file = bench.folder / f"{name}.json"
         if file.exists():

@@ -161,7 +161,7 @@ class Runner:
         self._statuses: Counter[int] = Counter()
         self._bad: Counter[str] = Counter()
         self._versions: Counter[str] = Counter()
-        self._broken = self._given = self._done = self._checked = self._bytes = 0
+        self._broken = self._refused = self._given = self._done = self._checked = self._bytes = 0
         self._closing = False
 
     async def run(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class Runner:
             await loop.create_connection(lambda: _Connection(self), self._load.host, self._load.port)
         except OSError:
             if not self._closing:
-                self._broken += 1
+                self._refused += 1
                 loop.call_later(_RECONNECT_SECONDS, self._reconnect)
 
     def _reconnect(self) -> None:
@@ -344,8 +344,8 @@ class Runner:
 
     def _report(self, seconds: float, cpu: float, unanswered: int) -> dict[str, Any]:
         load, done = self._load, self._done - self._broken
-        errors = {
-            "connection": self._broken,
+        errors: dict[str, Any] = {
+            "connection": self._broken + self._refused,
             "unanswered": unanswered,
             "status": {str(status): count for status, count in sorted(self._statuses.items())},
             "bad_answers": dict(self._bad),
@@ -358,7 +358,7 @@ class Runner:
             "seconds": round(seconds, 3),
             "requests_per_second": round(done / seconds, 1),
             "latency_ms": self._latencies.milliseconds(),
-            "failed": self._broken + unanswered + self._statuses.total() + self._bad.total(),
+            "failed": errors["connection"] + unanswered + self._statuses.total() + self._bad.total(),
             "errors": errors,
             "checked": self._checked,
             "model_versions": dict(self._versions),

@@ -16,6 +16,8 @@ from apps.recsys.data.histories import Histories
 _MAX_VALUES = 64
 # and so has a value that fewer users have
 _MIN_USERS = 5
+# a feature most of whose values are that rare (a postcode) says little of anybody
+_COVERED = 0.8
 _LENGTH = 500
 
 
@@ -23,7 +25,8 @@ def write_segments(folder: Path, dataset: Dataset, histories: Histories) -> list
     """Write ``segments.safetensors`` and return (feature, value) of its rows; nothing without user features.
 
     items int32 [rows, 500] (fewer if there are fewer items) and shares float32: the most popular items among the
-    users of each value, and the share of these users' interactions that each has. Numbers (an age) are no segments.
+    users of each value, and the share of these users' interactions that each has. Numbers (an age) are no segments, nor are features that
+    say something of few users.
     """
     if dataset.user_features is None:
         return []
@@ -31,9 +34,12 @@ def write_segments(folder: Path, dataset: Dataset, histories: Histories) -> list
     names, items, shares = [], [], []
     user = histories.users()
     for feature in fit_features(dataset.user_features, everyone, min_count=_MIN_USERS):
-        if feature.bounds is not None or len(feature.tokens) > _MAX_VALUES:
+        if feature.bounds is not None or len(feature.tokens) > _MAX_VALUES or all(map(str.isdecimal, feature.tokens)):
             continue
-        for value, members in _values(feature, dataset.user_features[feature.name]):
+        values = _values(feature, dataset.user_features[feature.name])
+        if np.any([members for _, members in values], axis=0).mean() < _COVERED:
+            continue
+        for value, members in values:
             counts = np.bincount(histories.items[members[user]], minlength=dataset.n_items)
             best = np.argsort(-counts, kind="stable")[:_LENGTH]
             names.append([feature.name, value])

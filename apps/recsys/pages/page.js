@@ -493,7 +493,7 @@
     const clicked = new Map(Object.entries(state.clicked)).get(user) ?? [];
     if ($("history").dataset.user !== user) listHistory(["User ", data(user)], [], [], "…");
     try {
-      const had = (await call("history", `v1/users/${encodeURIComponent(user)}`)).history;
+      const had = (await call("history", `v1/history?user_id=${encodeURIComponent(user)}`)).history;
       listHistory(["What ", data(user), " had last"], had, clicked);
       $("history").dataset.user = user;
     } catch (error) {

@@ -25,6 +25,7 @@ from apps.recsys.serve.logs import EventLines, configure_logging
 from apps.recsys.serve.metrics import Metrics, share_metrics
 from apps.recsys.serve.model import ServedModel
 from apps.recsys.serve.openapi import describe
+from apps.recsys.serve.schema import MAX_ID
 from apps.recsys.serve.protocol import BoundedProtocol, sweep
 from apps.recsys.serve.service import Service
 from apps.recsys.serve.settings import ServeSettings
@@ -58,6 +59,7 @@ def build(settings: ServeSettings) -> Front:
     front = Front(application, guard, metrics, lines, max_body=settings.max_body, log_all=settings.log == "all")
     application.router.lifespan_context = _lifespan(settings, front, metrics, guard, lines)
     _add_routes(application)
+    _add_catalogue(application)
     _add_pages(application)
     describe(application)
     front.paths = {getattr(route, "path", "") for route in application.routes}
@@ -124,6 +126,8 @@ def _shadow(settings: ServeSettings, metrics: Metrics) -> Shadow | None:
 
 
 def _add_routes(application: FastAPI) -> None:
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
     @application.get("/healthz", tags=["operations"])
     async def healthz(request: Request) -> JSONResponse:
         """The process answers."""
@@ -135,18 +139,33 @@ def _add_routes(application: FastAPI) -> None:
         ready = request.app.state.service.ready
         return _answer(request, {"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
-    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-
     @application.get("/metrics", tags=["operations"], response_class=Response, responses=text)  # type: ignore[arg-type]
     async def metrics() -> Response:
         """What Prometheus reads, summed over the workers."""
         text, kind = Metrics.text()
         return Response(text, headers={"content-type": kind})
 
+    @application.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        about = {"code": codes.get(error.status_code, "refused"), "message": str(error.detail)}
+        return _answer(request, {"error": about}, error.status_code, dict(error.headers or {}))
+
+    @application.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        about = {"code": "invalid", "message": first["msg"], "field": str(first["loc"][-1])}
+        return _answer(request, {"error": about}, 422)
+
+
+def _add_catalogue(application: FastAPI) -> None:
+    """Add what the page looks up."""
+
     @application.get("/v1/model", tags=["model"])
     async def model(request: Request) -> JSONResponse:
         """The model that answers: what it is, what it was measured at, what it can be asked."""
-        return _answer(request, Catalogue(request.app.state.service.model).about())
+        service = request.app.state.service
+        return _answer(request, {**Catalogue(service.model).about(), "events": service.events is not None})
 
     @application.get("/v1/items", tags=["model"])
     async def items(
@@ -168,25 +187,14 @@ def _add_routes(application: FastAPI) -> None:
         catalogue = Catalogue(request.app.state.service.model)
         return _answer(request, {"users": await asyncio.to_thread(catalogue.users, query, limit)})
 
-    @application.get("/v1/users/{user_id}", tags=["model"])
-    async def user(request: Request, user_id: str) -> JSONResponse:
-        """What a user had last, newest first."""
-        history = Catalogue(request.app.state.service.model).history(user_id)
-        if history is None:
+    @application.get("/v1/history", tags=["model"])
+    async def history(request: Request, user_id: str = Query(min_length=1, max_length=MAX_ID)) -> JSONResponse:
+        """What a user had last, newest first, stored events among it."""
+        service = request.app.state.service
+        found = Catalogue(service.model).history(user_id, await service.stored(user_id))
+        if found is None:
             raise HTTPException(404, "unknown user")
-        return _answer(request, {"user_id": user_id, "history": history})
-
-    @application.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        about = {"code": codes.get(error.status_code, "refused"), "message": str(error.detail)}
-        return _answer(request, {"error": about}, error.status_code, dict(error.headers or {}))
-
-    @application.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        about = {"code": "invalid", "message": first["msg"], "field": str(first["loc"][-1])}
-        return _answer(request, {"error": about}, 422)
+        return _answer(request, {"user_id": user_id, "history": found})
 
 
 def _answer(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from apps.recsys.serve.model import ServedModel
 
 _NAMES = 200
-# items looked at for a text: a catalogue of millions is not read to its end for a suggestion
+# users looked at for a suggestion: millions are not read to their end
 _SEARCHED = 200_000
 _SHOWN = 50
 
@@ -37,18 +38,9 @@ class Catalogue:
 
     def items(self, query: str, limit: int) -> list[dict[str, Any]]:
         """Return items whose title or id holds a text, the most popular first."""
-        wanted, found = query.casefold(), []
-        for item in self._prepared.popularity[:_SEARCHED].tolist():
-            named = self._item(item)
-            if (
-                not wanted
-                or wanted in str(named.get("title", "")).casefold()
-                or wanted in str(named["item_id"]).casefold()
-            ):
-                found.append({**named, "interactions": int(self._prepared.counts[item])})
-                if len(found) == limit:
-                    break
-        return found
+        ranks = self._prepared.search.ranks(query, limit) if query else range(min(limit, self._model.n_items))
+        items = [int(self._prepared.popularity[rank]) for rank in ranks]
+        return [{**self._item(item), "interactions": int(self._prepared.counts[item])} for item in items]
 
     def users(self, query: str, limit: int) -> list[dict[str, Any]]:
         """Return users whose id begins with a text, in index order, and how many items each had."""
@@ -60,12 +52,14 @@ class Catalogue:
                     break
         return found
 
-    def history(self, user_id: str) -> list[dict[str, Any]] | None:
-        """Return a known user's last items, newest first; None for an unknown one."""
+    def history(self, user_id: str, stored: Sequence[str]) -> list[dict[str, Any]] | None:
+        """Return a user's last items, newest first, stored events before the data; None for an unknown user."""
         user = self._prepared.users.get(user_id)
-        if user is None:
+        if user is None and not stored:
             return None
-        return [self._item(item) for item in self._prepared.seen(user)[::-1][:_SHOWN].tolist()]
+        later = [item for item in map(self._prepared.items.get, stored) if item is not None]
+        items = [*(self._prepared.seen(user).tolist() if user is not None else []), *later]
+        return [self._item(item) for item in items[::-1][:_SHOWN]]
 
     def _item(self, item: int) -> dict[str, Any]:
         named: dict[str, Any] = json.loads(self._prepared.heads[item].removesuffix(b',"score":') + b"}")

@@ -6,8 +6,10 @@ version, and is made under a lock, so that workers that start together make it o
 
 from __future__ import annotations
 
+import bisect
 import fcntl
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +40,7 @@ class Prepared:
     ``vectors`` float32 [n_items, d]: item vectors, with the item bias as one more coordinate (``has_bias``), or None
     for a model without vectors. ``seen_indptr`` int64 [n_users + 1] and ``seen_items`` int32: what each user had.
     ``popularity`` int32 [n_items]: items, the most popular first; ``counts`` int32 [n_items] their interactions.
-    ``heads`` is the JSON of each item up to its score, ``titles`` the title of each, encoded, or None.
+    ``heads`` is the JSON of each item up to its score; ``search`` what is looked through for a title or an id.
     """
 
     folder: Path
@@ -47,7 +49,7 @@ class Prepared:
     users: IdMap
     items: IdMap
     heads: Texts
-    titles: Texts | None
+    search: ItemSearch
     seen_indptr: np.ndarray
     seen_items: np.ndarray
     popularity: np.ndarray
@@ -119,6 +121,38 @@ class Segments:
         return np.concatenate([items[best], popularity[rest[popularity]]]), scores
 
 
+class ItemSearch:
+    """Finds items by a part of their title or id, the most popular first."""
+
+    def __init__(self, path: Path, offsets: np.ndarray) -> None:
+        """Map what ``lines`` made; line r begins at byte ``offsets[r]``."""
+        self._offsets = memoryview(offsets)  # type: ignore[arg-type]
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size != self._offsets[-1]:
+                raise UserError(f"{path}: is damaged; remove its folder")
+            self._text: mmap.mmap | bytes = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+
+    @staticmethod
+    def lines(ids: Sequence[str | int], titles: Sequence[str | None] | None, order: np.ndarray) -> list[bytes]:
+        """Return a line of title and id of each item, in the given order, as they are compared."""
+        named = ((titles[item] if titles is not None else None, ids[item]) for item in order.tolist())
+        return [_searched(f"{title or ''}\x1f{identifier}") + b"\n" for title, identifier in named]
+
+    def ranks(self, query: str, limit: int) -> list[int]:
+        """Return the ranks in popularity of the first items that hold a text, at most ``limit``."""
+        wanted, found, place = _searched(query), [], 0
+        while len(found) < limit and (place := self._text.find(wanted, place)) >= 0:
+            rank = bisect.bisect_right(self._offsets, place) - 1
+            found.append(rank)
+            place = self._offsets[rank + 1]
+        return found
+
+
+def _searched(text: str) -> bytes:
+    return text.casefold().replace("\n", " ").encode()
+
+
 def open_prepared(folder: Path, cache: Path | None = None, announce: Announce = lambda text: None) -> Prepared:
     """Return an export ready for serving, deriving what is missing.
 
@@ -159,7 +193,7 @@ def _is_prepared(cache: Path, key: str) -> bool:
     """Return whether what was derived is there, whole, and of this model; anything else is made again."""
     try:
         about, size = read_json(cache / "prepared.json"), (cache / "prepared.safetensors").stat().st_size
-        return bool(about["key"] == key and about["bytes"] == size)
+        return bool(about["key"] == key and about["bytes"] == size and (cache / "search.txt").exists())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -176,7 +210,7 @@ def _opened(folder: Path, about: dict[str, Any], cache: Path) -> Prepared:
             users=IdMap.of(derived, "users"),
             items=IdMap.of(derived, "items"),
             heads=Texts(derived["heads.offsets"], derived["heads.data"]),
-            titles=Texts(derived["titles.offsets"], derived["titles.data"]) if "titles.data" in derived else None,
+            search=ItemSearch(cache / "search.txt", derived["search.offsets"]),
             seen_indptr=seen["indptr"],
             seen_items=seen["items"],
             popularity=derived["popularity"],
@@ -208,10 +242,12 @@ def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
     arrays = {f"users.{name}": array for name, array in IdMap.pack(user_ids).items()}
     arrays |= {f"items.{name}": array for name, array in IdMap.pack(item_ids).items()}
     arrays["heads.offsets"], arrays["heads.data"] = Texts.pack(_heads(item_ids, titles))
-    if titles is not None:
-        arrays["titles.offsets"], arrays["titles.data"] = Texts.pack((title or "").encode() for title in titles)
     arrays["counts"] = np.bincount(seen["items"], minlength=len(item_ids)).astype(np.int32)
     arrays["popularity"] = np.argsort(-arrays["counts"], kind="stable").astype(np.int32)
+    lines = ItemSearch.lines(item_ids, titles, arrays["popularity"])
+    with atomic_path(cache / "search.txt") as temporary:
+        temporary.write_bytes(b"".join(lines))
+    arrays["search.offsets"] = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.uint64)
     names, arrays["categories.indptr"], arrays["categories.items"] = _categories(folder, about)
     if "vectors.safetensors" in about["files"]:
         stored = map_safetensors(folder / "vectors.safetensors")
@@ -286,10 +322,11 @@ def _categories(folder: Path, about: dict[str, Any]) -> tuple[list[str], np.ndar
         values = (pc.list_flatten(column) if nested else column).dictionary_encode()
         if isinstance(values, pa.ChunkedArray):
             values = values.combine_chunks()
-        if len(values.dictionary) > _MAX_CATEGORIES:
-            continue  # a name or a description, not a category
+        tokens = values.dictionary.to_pylist()
+        if len(tokens) > _MAX_CATEGORIES or all(not token or token.isdecimal() for token in tokens):
+            continue  # a name or a year, not a category
         code, kept = values.indices.fill_null(-1).to_numpy(), row.to_numpy()
-        for index, name in enumerate(values.dictionary.to_pylist()):
+        for index, name in enumerate(tokens):
             if name:
                 names.append(name)
                 items.append(np.unique(kept[code == index]).astype(np.int32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -55,6 +56,9 @@ def serve(settings: ServeSettings, announce: Announce) -> int:
         announce(f"serving on http://{settings.host}:{settings.port}")
         if settings.workers == 1:
             server = uvicorn.Server(config)
+            # when it has drained, uvicorn raises the signal it got once more, which would end this before it tidies up
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, lambda number, frame: None)
             server.run(sockets=[listener])
             return 0 if server.started else 1
         configure_logging()

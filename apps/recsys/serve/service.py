@@ -80,7 +80,7 @@ class Service:
         if isinstance(request, list):
             results = await self._many(model, request)
             return b'{"results":' + results + tail + request_id.encode("ascii") + b'"}'
-        stored = await self._stored(request)
+        stored = await self.stored(request.user_id)
         plan = model.plan(request, stored)
         if self.batcher.inline(model, plan):
             items = model.encode(plan, *self._answer(model, plan, request, stored))
@@ -97,7 +97,7 @@ class Service:
         plans: list[Plan | ServiceError] = []
         for request in requests:
             try:
-                plans.append(model.plan(request, await self._stored(request)))
+                plans.append(model.plan(request, await self.stored(request.user_id)))
             except ServiceError as error:
                 plans.append(error)
         good = [plan for plan in plans if isinstance(plan, Plan)]
@@ -117,11 +117,11 @@ class Service:
             self.shadow.offer(request, stored, [ids[item] for item in items.tolist()])
         return scores, items
 
-    async def _stored(self, request: RecommendRequest) -> Sequence[str]:
-        """Return the items of a user's stored events."""
-        if self.events is None or request.user_id is None:
+    async def stored(self, user_id: str | int | None) -> Sequence[str]:
+        """Return the items of a user's stored events, oldest first."""
+        if self.events is None or user_id is None:
             return ()
-        user = str(request.user_id)
+        user = str(user_id)
         try:
             if self.events.inline:
                 return self.events.items_of(user)

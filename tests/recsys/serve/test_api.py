@@ -158,7 +158,7 @@ def test_methods_types_and_paths(client):
     assert client.post("/healthz").status_code == 405
     assert client.post("/healthz").json()["error"]["code"] == "method_not_allowed"
     assert client.post("/v1/recommend", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
-    for path in ("/nowhere", "/../etc/passwd", "/v1/recommend/", "/%00", "/v1/users/nobody"):
+    for path in ("/nowhere", "/../etc/passwd", "/v1/recommend/", "/%00", "/v1/history?user_id=nobody"):
         answer = client.get(path)
         assert answer.status_code == 404, path
         assert answer.json()["error"]["code"] == "not_found"
@@ -364,7 +364,7 @@ def test_health_model_items_and_users(client, model):
     assert [item["item_id"] for item in found] == ["i6"]
     assert len(client.get("/v1/items").json()["items"]) == 10
     assert [user["user_id"] for user in client.get("/v1/users", params={"query": "10", "limit": 3}).json()["users"]]
-    history = client.get("/v1/users/100").json()["history"]
+    history = client.get("/v1/history", params={"user_id": "100"}).json()["history"]
     assert len(history) == 10
 
 

@@ -30,7 +30,7 @@ def document(service):
 UNDUE = [positive_data_acceptance]
 OPERATIONS = [
     *(("POST", path) for path in ("/v1/recommend", "/v1/events", "/v1/reload")),
-    *(("GET", path) for path in ("/v1/model", "/v1/items", "/v1/users", "/v1/users/{user_id}")),
+    *(("GET", path) for path in ("/v1/model", "/v1/items", "/v1/users", "/v1/history")),
     *(("GET", path) for path in ("/healthz", "/readyz", "/metrics")),
 ]
 
