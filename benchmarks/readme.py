@@ -67,8 +67,8 @@ def beauty(result: dict[str, Any]) -> str:
         "",
         f"{result['data']}; the student keeps {kept:.1%} of the teacher's NDCG@10 with "
         f"1/{params[teacher] / params[student]:.1f} of its parameters (mean ± sd over "
-        f"{len(run['settings']['seeds'])} seeds of the student, one teacher); {result['trials_each']} search trials on "
-        "validation for every model alike. "
+        f"{len(run['settings']['seeds'])} seeds of the student, one teacher); student alone has the best of "
+        "4 settings tried on validation, the student the best of 3. "
         "`kd recsys bench beauty --json benchmarks/results/recsys_beauty.json`",
     ]
     return "\n".join(lines)
@@ -114,6 +114,29 @@ def evaluate(result: dict[str, Any]) -> str:
     )
 
 
+def serve(result: dict[str, Any]) -> str:
+    """Return the table of what the service promises."""
+    lines = ["| what | measured | target | met |", "|---|---|---|---|"]
+    for name, figure in result["figures"].items():
+        value = f"{figure['value']:,.{0 if abs(figure['value']) >= 100 else 2}f}".removesuffix(".00")
+        met = "yes" if figure["met"] else "**no**"
+        lines.append(f"| {name} | {value} {figure['unit']}".rstrip() + f" | {figure['target']} | {met} |")
+    parts = result["parts"]
+    beside = ""
+    if "calibration" in parts:
+        empty = parts["calibration"]["rows"][0]["requests_per_second"]
+        beside = f"an empty handler gave {empty:,.0f} requests a second (15,000 where the targets were stated); "
+    missing = [name for name, part in parts.items() if "skipped" in part]
+    left_out = f"left out: {', '.join(missing)}; " if missing else ""
+    lines += [
+        "",
+        f"One core for the server, another for its clients; {result['model']}; {beside}{left_out}"
+        f"{'a short run; ' if result['quick'] else ''}"
+        "`kd recsys bench serve --json benchmarks/results/recsys_serve.json`",
+    ]
+    return "\n".join(lines)
+
+
 def _mean(values: dict[str, Any]) -> str:
     return f"{values['mean']:.4f}" + (f" ± {values['sd']:.4f}" if values["sd"] else "")
 
@@ -124,6 +147,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recsys_train": train,
     "recsys_teachers": teachers,
     "recsys_evaluate": evaluate,
+    "recsys_serve": serve,
 }
 
 

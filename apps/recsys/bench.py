@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ _SASREC_ML100K = [
 ]
 _QUALITY_SEEDS = [0, 1, 2, 3, 4]
 _BEAUTY_SEEDS = [0, 1, 2]
-# a trial takes minutes there, and the first is the recipe's own settings
-_BEAUTY_TRIALS = 4
 
 
 def run_bench(what: str, output: Path | None, work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> int:
@@ -84,13 +81,11 @@ def quality(work: Path) -> dict[str, Any]:
 def beauty(work: Path) -> dict[str, Any]:
     """Measure how much of a large SASRec's quality a student of at most an eighth of its size keeps on Beauty."""
     _needed("amazon-beauty")
-    recipe = "sequential_soft_targets"
-    result = _tuned_run(recipe, "amazon-beauty", work, _BEAUTY_TRIALS, _BEAUTY_SEEDS)
-    return {
-        "data": "amazon-beauty, leave-last-out, full ranking",
-        "trials_each": _BEAUTY_TRIALS,
-        "runs": {recipe: result},
-    }
+    config = load_config(
+        recipe="sequential_soft_targets", overrides=[("data.path", "amazon-beauty"), ("seeds", str(_BEAUTY_SEEDS))]
+    )
+    result = _run(config, work / "beauty")
+    return {"data": "amazon-beauty, leave-last-out, full ranking", "runs": {config.recipe: result}}
 
 
 def train(work: Path) -> dict[str, Any]:
@@ -169,19 +164,7 @@ def _tuned_run(recipe: str, data: str, work: Path, trials: int, seeds: list[int]
     if not (folder / "tuned.yaml").exists():
         Tuner(config, folder, trials, Announcer()).tune()
     settings = yaml.safe_load((folder / "tuned.yaml").read_text(encoding="utf-8"))
-    _share_teacher(folder, work / recipe)
     return _run(build(RecsysConfig, {**settings, "seeds": seeds}), work / recipe)
-
-
-def _share_teacher(source: Path, target: Path) -> None:
-    """Copy the teacher that all seeds share, and what it was asked, so that it is fitted once; if there is one."""
-    fitted, copy = (folder / "seeds" / "shared" for folder in (source, target))
-    if not fitted.exists() or copy.exists():
-        return
-    temporary = copy.with_name(".shared.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(fitted, temporary)
-    os.replace(temporary, copy)
 
 
 def _run(config: RecsysConfig, folder: Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def throughput(bench: Bench) -> dict[str, Any]:
     best = max((row for row in rows if row["log"] == "all"), key=lambda row: float(row["requests_per_second"]))
     figure = {**judged(best["requests_per_second"], 7_500, unit="requests/s"), "client": best["client"]}
     failed = judged(sum(row["failed"] for row in rows), 0, least=False)
-    return {"figures": {"HNSW, 100k items, one core": figure, "failed requests": failed}, "rows": rows}
+    return {"figures": {"HNSW, 100k items, one core": figure, "failed requests at full load": failed}, "rows": rows}
 
 
 def latency(bench: Bench) -> dict[str, Any]:
@@ -265,13 +265,13 @@ def reload(bench: Bench) -> dict[str, Any]:
     current, key = folder / "current", "k" * 32
     (folder / "admin.key").write_text(key, encoding="utf-8")
     current.symlink_to(models[0])
-    times, answers = [], []
+    times, answers, reloads = [], [], 10 if bench.quick else 50
     with bench.server(current, "hnsw", "--admin-key", str(folder / "admin.key")) as server:
         calm = bench.load(server, _asking(server.port, connections=16, seconds=bench.seconds(5)))
         driver = load_client.Driver(_asking(server.port, connections=16, sample=16), bench.client_cores)
         try:
-            for number in range(1, 51):
-                bench.announce(f"reloads: {number}/50")
+            for number in range(1, reloads + 1):
+                bench.announce(f"reloads: {number}/{reloads}")
                 (folder / "next").symlink_to(models[number % 2])
                 os.replace(folder / "next", current)
                 began = time.perf_counter()
@@ -282,8 +282,8 @@ def reload(bench: Bench) -> dict[str, Any]:
             driver.stop()
     changed = sum(status == 200 and answer["model_version"] != answer["previous_version"] for status, answer in answers)
     figures = {
-        "failed requests during 50 reloads": judged(row["failed"], 0, least=False),
-        "reloads that changed the version": judged(changed, 50),
+        f"failed requests during {reloads} reloads": judged(row["failed"], 0, least=False),
+        "reloads that changed the version": judged(changed, reloads),
     }
     seconds = {"p50": round(float(np.median(times)), 3), "max": round(max(times), 3)}
     return {"figures": figures, "reload_seconds": seconds, "rows": [{"during": "reloads", **row}, calm]}
@@ -431,8 +431,7 @@ def run(work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> dict[st
             raise UserError(f"--only: unknown part {name!r}; wanted {', '.join(PARTS)}")
     bench = Bench(work / ("serve-quick" if quick else "serve"), quick)
     bench.folder.mkdir(parents=True, exist_ok=True)
-    for left in itertools.chain(*(bench.folder.glob(f"{what}-*") for what in ("server", "reload", "events"))):
-        shutil.rmtree(left, ignore_errors=True)
+    _tidy(bench.folder)
     for name in only or PARTS:
         file = bench.folder / f"{name}.json"
         if file.exists():
@@ -449,6 +448,11 @@ def run(work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> dict[st
         name: read_json(bench.folder / f"{name}.json") for name in PARTS if (bench.folder / f"{name}.json").exists()
     }
     figures = {name: figure for part in parts.values() for name, figure in part.get("figures", {}).items()}
+    if "calibration" in parts and "throughput" in parts:
+        empty = parts["calibration"]["rows"][0]["requests_per_second"]
+        ratio = max(row["requests_per_second"] for row in parts["throughput"]["rows"] if row["log"] == "all") / empty
+        # the target on a machine of any speed
+        figures["HNSW beside an empty handler"] = judged(ratio, 7_500 / _STATED_EMPTY, unit="x")
     return {
         "model": f"made up, not trained: clustered vectors of 64 dimensions, {_USERS:,} users of about {_SEEN} items",
         "quick": quick,
@@ -456,6 +460,12 @@ def run(work: Path, *, quick: bool = False, only: Sequence[str] = ()) -> dict[st
         "figures": figures,
         "parts": parts,
     }
+
+
+def _tidy(folder: Path) -> None:
+    for what in ("server", "reload", "events"):
+        for left in folder.glob(f"{what}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _main(words: Sequence[str]) -> None:

@@ -267,6 +267,8 @@ class Runner:
             return
         now = time.perf_counter()
         if self._due <= now:
+            if self._idle:
+                self._late.add(int((now - self._due) * 1e6))
             self._send_due(now)
         loop = asyncio.get_running_loop()
         if self._given >= self._most:
@@ -278,7 +280,6 @@ class Runner:
 
     def _send_due(self, now: float) -> None:
         while self._idle and self._due <= now and self._given < self._most:
-            self._late.add(int((now - self._due) * 1e6))
             self._given += 1
             self._idle.popleft().send(self._next(), self._due)
             self._due = next(self._schedule)
@@ -366,7 +367,7 @@ class Runner:
             "client_cpu_us_per_request": round(1e6 * cpu / max(done, 1), 2),
         }
         if load.rate is not None:
-            # how late the client itself was: of latencies measured from the schedule, the server is not to blame for it
+            # how late the client itself was while a connection was free: no fault of the server
             report |= {"rate": load.rate, "sent_late_ms": self._late.milliseconds()}
         return report
 

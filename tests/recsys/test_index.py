@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +24,15 @@ from kdcore.config import UserError
 APPROXIMATE = ("int8", "hnsw", "ivfpq")
 ITEMS, DIMENSION = 5000, 24
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Training is so short here that threads would only wait for each other."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +67,12 @@ def _check_row(vectors: np.ndarray, query: np.ndarray, scores: np.ndarray, items
     assert list(zip(-scores, items, strict=True)) == sorted(zip(-scores, items, strict=True))
 
 
+def _check_equal(vectors: np.ndarray, query: np.ndarray, items: np.ndarray, best: np.ndarray) -> None:
+    """The items are the best ones, but for scores that float32 does not tell apart."""
+    scores = vectors.astype(np.float64) @ query.astype(np.float64)
+    np.testing.assert_allclose(scores[items], scores[best], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_exact_is_the_reference(made, built, k):
     vectors, users = made
@@ -63,7 +80,7 @@ def test_exact_is_the_reference(made, built, k):
     assert scores.shape == items.shape == (40, k)
     for query, row, found in zip(users[:40], scores, items, strict=True):
         _check_row(vectors, query, row, found)
-        assert found.tolist() == _best(vectors, query, k).tolist()
+        _check_equal(vectors, query, found, _best(vectors, query, k))
 
 
 @pytest.mark.parametrize("kind", APPROXIMATE)
@@ -200,7 +217,7 @@ def test_bad_vectors_are_refused(made, tmp_path):
 _ITEM = st.integers(0, ITEMS - 1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_filtered_search(made, built, data):
     """Exactly min(k, passing) distinct results that pass; the reference's for an exact index."""
@@ -220,7 +237,7 @@ def test_filtered_search(made, built, data):
         assert passing[items].all()
         _check_row(vectors, query, scores, items)
         if kind == "exact":
-            assert items.tolist() == _best(vectors, query, k, passing).tolist()
+            _check_equal(vectors, query, items, _best(vectors, query, k, passing))
 
 
 def test_a_batch_then_filters_is_a_filtered_search(made, built):
@@ -368,7 +385,10 @@ def test_two_processes_build_one_index_and_share_its_memory(tmp_path):
     np.save(tmp_path / "items.npy", vectors)
     np.save(tmp_path / "users.npy", users)
     command = [sys.executable, "-c", _CHILD, str(tmp_path)]
-    children = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     outputs = [json.loads(child.communicate(timeout=120)[0]) for child in children]
     assert sorted(each["built"] for each in outputs) == [False, True]
     kilobytes = (tmp_path / "hnsw.faiss").stat().st_size / 1024

@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from apps.recsys.index.searching import Index, padded
+from apps.recsys.index.searching import Index, on_one_thread, padded
 from kdcore.progress import stderr_console
 
 Announce = Callable[[str], None]
@@ -81,7 +81,7 @@ def _fast_scan(vectors: np.ndarray) -> tuple[Any, dict[str, Any]]:
     width = vectors.shape[1]
     inner = faiss.IndexPQFastScan(width, width, 4, faiss.METRIC_INNER_PRODUCT)
     inner.pq.cp.niter = _ROUNDS
-    inner.train(_weighted(vectors, min(_TRAINED, 2 * len(vectors))))
+    on_one_thread(inner.train, _weighted(vectors, min(_TRAINED, 2 * len(vectors))))
     return inner, {"codes": "4 bit"}
 
 

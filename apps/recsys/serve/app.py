@@ -25,8 +25,8 @@ from apps.recsys.serve.logs import EventLines, configure_logging
 from apps.recsys.serve.metrics import Metrics, share_metrics
 from apps.recsys.serve.model import ServedModel
 from apps.recsys.serve.openapi import describe
-from apps.recsys.serve.schema import MAX_ID
 from apps.recsys.serve.protocol import BoundedProtocol, sweep
+from apps.recsys.serve.schema import MAX_ID
 from apps.recsys.serve.service import Service
 from apps.recsys.serve.settings import ServeSettings
 from apps.recsys.serve.shadow import Shadow
@@ -96,6 +96,8 @@ def _lifespan(settings: ServeSettings, front: Front, metrics: Metrics, guard: Gu
             "/v1/events": service.store,
             "/v1/reload": service.reload,
         }
+        front.at_once = {"/v1/recommend": service.at_once}
+        BoundedProtocol.direct = {path.encode(): front.direct(path) for path in front.at_once}
         application.state.service = service
         metrics.workers.set(1)
         background = [asyncio.create_task(sweep()), asyncio.create_task(service.keep_up())]

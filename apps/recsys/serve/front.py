@@ -35,6 +35,12 @@ _SAFE = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"
 _log = logging.getLogger("kdsuite.serve")
 
 
+_DIRECT = (
+    b"HTTP/1.1 200 OK\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
+    b"x-content-type-options: nosniff\r\ncache-control: no-store\r\n\r\n%b"
+)
+
+
 class _Disconnected(Exception):
     """The client went away before its request had arrived."""
 
@@ -44,13 +50,12 @@ class Head:
 
     __slots__ = ("address", "key", "length", "request_id", "type")
 
-    def __init__(self, scope: MutableMapping[str, Any]) -> None:
+    def __init__(self, headers: list[tuple[bytes, bytes]], client: tuple[str, int] | None) -> None:
         self.key: bytes | None = None
         self.request_id: bytes | None = None
         self.type = self.length = b""
-        client = scope.get("client")
         self.address: str = client[0] if client else ""
-        for name, value in scope["headers"]:
+        for name, value in headers:
             if name == b"content-type":
                 self.type = value
             elif name == b"content-length":
@@ -82,6 +87,8 @@ class Front:
         self._application, self._guard, self._metrics, self._lines = application, guard, metrics, lines
         self._max_body, self._log_all = max_body, log_all
         self.posts: dict[str, Endpoint] = {}
+        # those of them that can mostly be answered without waiting: they return None where not
+        self.at_once: dict[str, Callable[[bytes, str], bytes | None]] = {}
         # paths of the application that are counted by name; any other is counted as "other"
         self.paths: set[str] = set()
         # paths that need another key, which they check themselves
@@ -96,10 +103,8 @@ class Front:
             await self._application(scope, receive, send)
             return
         started = time.perf_counter()
-        head, path, code = Head(scope), scope["path"], None
-        given = head.request_id
-        request_id = given.decode("ascii") if given is not None else f"{self._prefix}-{next(self._counter):x}"
-        caller = head.address
+        head, path, code = Head(scope["headers"], scope.get("client")), scope["path"], None
+        request_id, caller = self._request_id(head), head.address
         try:
             if path.startswith("/v1/") and not self._guard.open:
                 if path not in self.admin_paths:
@@ -123,11 +128,44 @@ class Front:
             status, code = 500, "internal"
             failure = ServiceError(500, "internal", "the service failed; its log has the request id")
             await _send(send, status, self._failure(failure, request_id), request_id)
-        seconds = time.perf_counter() - started
         name = path if path in self.posts or path in self.paths else "other"
+        self._note(request_id, name, scope["method"], status, time.perf_counter() - started, caller, code)
+
+    def direct(self, path: str) -> Callable[[list[tuple[bytes, bytes]], Any, bytes, bytes], bytes | None]:
+        """Return what gives a whole HTTP answer to a POST request to ``path``, or None where it has to be waited for.
+
+        It takes the headers, the client's address, the body, and header lines to add. Whatever is not a plain success
+        is left to the long way, which says what is wrong.
+        """
+        now = self.at_once[path]
+
+        def answer(headers: list[tuple[bytes, bytes]], client: Any, body: bytes, common: bytes) -> bytes | None:
+            if not self._guard.open:
+                return None
+            started = time.perf_counter()
+            head = Head(headers, client)
+            if head.type != b"application/json":
+                return None
+            request_id = self._request_id(head)
+            found = now(body, request_id)
+            if found is None:
+                return None
+            self._note(request_id, path, "POST", 200, time.perf_counter() - started, head.address, None)
+            return _DIRECT % (common, len(found), request_id.encode("ascii"), found)
+
+        return answer
+
+    def _request_id(self, head: Head) -> str:
+        """Return the client's request id, or a new one."""
+        given = head.request_id
+        return given.decode("ascii") if given is not None else f"{self._prefix}-{next(self._counter):x}"
+
+    def _note(
+        self, request_id: str, name: str, method: str, status: int, seconds: float, caller: str, code: str | None
+    ) -> None:
         self._metrics.request(name, status, self.index, seconds)
         if self._log_all or status >= 400:
-            self._lines.request(request_id, name, scope["method"], status, seconds, caller, code)
+            self._lines.request(request_id, name, method, status, seconds, caller, code)
 
     async def _body(self, method: str, head: Head, receive: Receive) -> bytes:
         """Return the body of a POST request; ServiceError for another method or type, or too much of it."""

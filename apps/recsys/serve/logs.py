@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from functools import lru_cache
 from typing import Any, TextIO
 
 _FLUSH_SECONDS = 0.25
@@ -47,6 +48,11 @@ def configure_logging() -> None:
     logging.getLogger("uvicorn.access").propagate = False
 
 
+@lru_cache(maxsize=4096)
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
 class EventLines:
     """Lines that are collected for a moment and written together: a write a request would cost more than the request.
 
@@ -57,16 +63,18 @@ class EventLines:
         self._stream = stream or sys.stderr
         self._lines: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._end = f', "worker": {os.getpid()}}}'
 
     def request(
         self, request_id: str, endpoint: str, method: str, status: int, seconds: float, caller: str, code: str | None
     ) -> None:
         """Note one request; nothing a client sent stands in the line unescaped."""
         error = f', "code": "{code}"' if code else ""
+        # a request id has no sign that JSON escapes, endpoint and code are ours, a caller is a key's name or an address
         self._add(
-            f'{{"time": {time.time():.3f}, "event": "request", "request_id": {json.dumps(request_id)}, '
-            f'"endpoint": "{endpoint}", "method": {json.dumps(method)}, "status": {status}, "ms": {seconds * 1e3:.3f}, '
-            f'"caller": {json.dumps(caller)}{error}, "worker": {os.getpid()}}}'
+            f'{{"time": {time.time():.3f}, "event": "request", "request_id": "{request_id}", "endpoint": "{endpoint}", '
+            f'"method": {_quoted(method)}, "status": {status}, "ms": {seconds * 1e3:.3f}, '
+            f'"caller": {_quoted(caller)}{error}{self._end}'
         )
 
     def event(self, event: str, **fields: Any) -> None:

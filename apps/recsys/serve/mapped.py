@@ -75,6 +75,14 @@ class Texts:
     def __getitem__(self, index: int) -> bytes:
         return bytes(self._data[self._offsets[index] : self._offsets[index + 1]])
 
+    def interleaved(self, rows: Sequence[int], values: Sequence[bytes], end: bytes) -> bytes:
+        """Return text, value and ``end`` of every row, joined."""
+        offsets, data = self._offsets, self._data
+        parts: list[bytes | memoryview] = []
+        for row, value in zip(rows, values, strict=True):
+            parts += data[offsets[row] : offsets[row + 1]], value, end
+        return b"".join(parts)
+
     @staticmethod
     def pack(texts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Return offsets and data of some texts."""

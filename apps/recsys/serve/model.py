@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from apps.recsys.fold_in import fold_in
@@ -266,12 +267,14 @@ class ServedModel:
 
     def encode(self, plan: Plan, scores: np.ndarray, items: np.ndarray) -> bytes:
         """Return the JSON list of some items with their scores."""
-        heads, rows = self.prepared.heads, items.tolist()
-        parts = [b"%b%.9g" % (heads[item], score) for item, score in zip(rows, scores.tolist(), strict=True)]
+        rows = items.tolist()
+        if not rows:
+            return b"[]"
+        values = msgspec.json.encode(scores.tolist())[1:-1].split(b",")
         if plan.why:
             reasons = self._reasons(rows, plan.history)
-            parts = [part + b',"why":' + reason for part, reason in zip(parts, reasons, strict=True)]
-        return b"[" + b"},".join(parts) + b"}]" if parts else b"[]"
+            values = [value + b',"why":' + reason for value, reason in zip(values, reasons, strict=True)]
+        return b"[" + self.prepared.heads.interleaved(rows, values, b"},")[:-1] + b"]"
 
     def _reasons(self, items: list[int], history: np.ndarray) -> list[bytes]:
         """Return for each item the JSON of the nearest items of a history, by cosine."""

@@ -141,7 +141,8 @@ class ItemSearch:
 
     def ranks(self, query: str, limit: int) -> list[int]:
         """Return the ranks in popularity of the first items that hold a text, at most ``limit``."""
-        wanted, found, place = _searched(query), [], 0
+        wanted, place = _searched(query), 0
+        found: list[int] = []
         while len(found) < limit and (place := self._text.find(wanted, place)) >= 0:
             rank = bisect.bisect_right(self._offsets, place) - 1
             found.append(rank)
@@ -273,7 +274,10 @@ def _check_seen(path: Path, seen: dict[str, np.ndarray], n_users: int, n_items: 
 
 def _check_vectors(path: Path, stored: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     width = about["dimension"]
-    wanted = {"user_vectors": (about["users"], width), "item_vectors": (about["items"], width)}
+    wanted: dict[str, tuple[int, ...]] = {
+        "user_vectors": (about["users"], width),
+        "item_vectors": (about["items"], width),
+    }
     if "item_bias" in stored:
         wanted["item_bias"] = (about["items"],)
     for name, shape in wanted.items():

@@ -95,6 +95,8 @@ def _config(settings: ServeSettings) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=30,
+        # on a machine that has no time for it a worker may be slow to say that it lives: killing it helps nobody
+        timeout_worker_healthcheck=60,
         timeout_graceful_shutdown=int(settings.drain_timeout),
         backlog=2048,
     )

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -72,10 +73,7 @@ class Service:
 
     async def recommend(self, body: bytes, request_id: str, key: bytes | None) -> bytes:
         """Answer one request, or a list of them."""
-        try:
-            request = _RECOMMEND.decode(body)
-        except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise decode_error(error) from None
+        request = _decoded(_RECOMMEND, body)
         model, tail = self.model, self._tail  # a reload meanwhile changes neither
         if isinstance(request, list):
             results = await self._many(model, request)
@@ -83,14 +81,38 @@ class Service:
         stored = await self.stored(request.user_id)
         plan = model.plan(request, stored)
         if self.batcher.inline(model, plan):
-            items = model.encode(plan, *self._answer(model, plan, request, stored))
+            items = model.encode(plan, *model.answer(plan))
         else:
             items = await self._in_time(self.batcher.encoded(model, plan))
-            if self.shadow is not None:
-                self.shadow.offer(request, stored, _ids_of(items))
-        return b"".join(
-            (b'{"items":', items, b',"source":"', plan.source.encode(), b'"', tail, request_id.encode("ascii"), b'"}')
-        )
+        return self._recommended(request, stored, plan, items, tail, request_id)
+
+    def at_once(self, body: bytes, request_id: str) -> bytes | None:
+        """Return the answer to one request, None where it has to be waited for, is a list, or is an error."""
+        try:
+            request = _RECOMMEND.decode(body)
+            if isinstance(request, list):
+                return None
+            stored: Sequence[str] = ()
+            if self.events is not None and request.user_id is not None:
+                if not self.events.inline:
+                    return None
+                stored = self.events.items_of(str(request.user_id))
+            model = self.model
+            plan = model.plan(request, stored)
+        except (msgspec.DecodeError, RecursionError, ValueError, ServiceError, UserError, EventStoreError):
+            return None  # the long way says what is wrong
+        if not self.batcher.inline(model, plan):
+            return None
+        items = model.encode(plan, *model.answer(plan))
+        return self._recommended(request, stored, plan, items, self._tail, request_id)
+
+    def _recommended(
+        self, request: RecommendRequest, stored: Sequence[str], plan: Plan, items: bytes, tail: bytes, request_id: str
+    ) -> bytes:
+        """Return the whole answer to one request; the shadow, if there is one, is asked the same."""
+        if self.shadow is not None:
+            self.shadow.offer(request, stored, items)
+        return b'{"items":%b,"source":"%b"%b%b"}' % (items, plan.source.encode(), tail, request_id.encode("ascii"))
 
     async def _many(self, model: ServedModel, requests: list[RecommendRequest]) -> bytes:
         """Return the JSON list of the answers to a client's batch; one that fails does not fail the others."""
@@ -109,13 +131,6 @@ class Service:
             else:
                 parts.append(b'{"items":' + next(found) + b',"source":"' + plan.source.encode() + b'"}')
         return b"[" + b",".join(parts) + b"]"
-
-    def _answer(self, model: ServedModel, plan: Plan, request: RecommendRequest, stored: Sequence[str]):  # type: ignore[no-untyped-def]
-        scores, items = model.answer(plan)
-        if self.shadow is not None:
-            ids = model.prepared.items.ids
-            self.shadow.offer(request, stored, [ids[item] for item in items.tolist()])
-        return scores, items
 
     async def stored(self, user_id: str | int | None) -> Sequence[str]:
         """Return the items of a user's stored events, oldest first."""
@@ -143,10 +158,7 @@ class Service:
 
     async def store(self, body: bytes, request_id: str, key: bytes | None) -> bytes:
         """Store events; the answer comes when they are on disk."""
-        try:
-            request = _EVENTS.decode(body)
-        except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise decode_error(error) from None
+        request = _decoded(_EVENTS, body)
         if self.events is None:
             raise ServiceError(403, "forbidden", "this service was started with --events none")
         now = time.time()
@@ -177,10 +189,7 @@ class Service:
     async def reload(self, body: bytes, request_id: str, key: bytes | None) -> bytes:
         """Read the model folder again and answer when every worker serves it; the old model answers until then."""
         self.guard.admin(key)
-        try:
-            _RELOAD.decode(body or b"{}")
-        except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise decode_error(error) from None
+        _decoded(_RELOAD, body or b"{}")
         if self._reloading.locked():
             raise ServiceError(409, "conflict", "a reload is under way", headers={"retry-after": "1"})
         async with self._reloading:
@@ -261,5 +270,9 @@ class Service:
         self.crew.leave()
 
 
-def _ids_of(items: bytes) -> list[bytes]:
-    return [str(each["item_id"]).encode() for each in msgspec.json.decode(items)]
+def _decoded(decoder: Any, body: bytes) -> Any:
+    """Return a body as the request it should be; ServiceError where it is not."""
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise decode_error(error) from None

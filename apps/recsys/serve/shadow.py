@@ -8,13 +8,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+import msgspec
+
 from apps.recsys.serve.metrics import Metrics
 from apps.recsys.serve.model import ServedModel
 from apps.recsys.serve.schema import RecommendRequest, ServiceError
 
 _WAITING = 256
-# request, the user's stored items, the ids that were answered
-_Asked = tuple[RecommendRequest, Sequence[str], list[bytes]]
+# request, the user's stored items, the JSON list that was answered
+_Asked = tuple[RecommendRequest, Sequence[str], bytes]
 
 
 class Shadow:
@@ -26,8 +28,8 @@ class Shadow:
         self._thread = threading.Thread(target=self._compare_forever, name="shadow", daemon=True)
         self._thread.start()
 
-    def offer(self, request: RecommendRequest, stored: Sequence[str], answered: list[bytes]) -> None:
-        """Hand over a request and the ids that were answered, as text."""
+    def offer(self, request: RecommendRequest, stored: Sequence[str], answered: bytes) -> None:
+        """Hand over a request and the items that were answered, as JSON."""
         try:
             self._queue.put_nowait((request, stored, answered))
         except queue.Full:
@@ -53,5 +55,6 @@ class Shadow:
                 self._metrics.shadow_dropped.inc()
                 continue
             self._metrics.shadow_seconds.observe(time.perf_counter() - started)
-            common = len({ids[item] for item in items.tolist()} & set(answered))
-            self._metrics.shadow_overlap.observe(common / max(len(answered), 1))
+            theirs = {str(item["item_id"]).encode() for item in msgspec.json.decode(answered)}
+            common = len({ids[item] for item in items.tolist()} & theirs)
+            self._metrics.shadow_overlap.observe(common / max(len(theirs), 1))
