@@ -34,9 +34,9 @@ async def empty(scope: Any, receive: Any, send: Any) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of processes that import these packages and compute with one thread."""
+    """Return the environment of processes that import these packages."""
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ def write_segments(folder: Path, dataset: Dataset, histories: Histories) -> list
     """Write ``segments.safetensors`` and return (feature, value) of its rows; nothing without user features.
 
     items int32 [rows, 500] (fewer if there are fewer items) and shares float32: the most popular items among the
-    users of each value, and the share of these users' interactions that each has. Numbers (an age) are no segments, nor are features that
-    say something of few users.
+    users of each value, and the share of these users' interactions that each has. Numbers (an age) are no
+    segments, nor are features that say something of few users.
     """
     if dataset.user_features is None:
         return []

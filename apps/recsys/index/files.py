@@ -16,7 +16,7 @@ from kdcore.config import UserError
 from kdcore.run import atomic_path, read_json, write_json
 
 # changes when an old reader would misread the files, or a new build would give other ones
-FORMAT = "kdsuite-index/1"
+FORMAT = "kdsuite-index/2"
 _NEEDED = {
     "bytes": int, "build_seconds": float, "recall": float, "recall_wanted": float, "sample": int, "query_ms": float,
     "batched_query_ms": float, "batches_well": bool, "parameters": dict,

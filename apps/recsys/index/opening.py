@@ -129,10 +129,14 @@ def _tell(index: Index, why: str, announce: Announce) -> Index:
     """Put a sentence on what was opened and why into ``about["summary"]``, and announce it."""
     about = index.about
     scale = f"{about['items']:,} items of dimension {about['dimension']}"
-    memory = 4 * about["items"] * about["dimension"] + about["bytes"]
     disk = "nothing on disk" if index.kind == "exact" else f"{_size(about['bytes'])} on disk"
+    shared = 4 * about["items"] * about["dimension"]
+    if index.kind == "int8":  # faiss reads these codes into memory of its own, aligned
+        memory = f"{_size(about['bytes'])} of memory beside {_size(shared)} shared with the vectors' file"
+    else:
+        memory = f"up to {_size(shared + about['bytes'])} of memory, shared with the files"
     about["summary"] = (
-        f"index: {index.kind} over {scale} ({why}); {disk}, up to {_size(memory)} of shared memory with the vectors; "
+        f"index: {index.kind} over {scale} ({why}); {disk}, {memory}; "
         f"recall@{AT} {about['recall']:.3f} and {about['query_ms']:.3g} ms a query, measured on {about['sample']} users"
     )
     announce(about["summary"])

@@ -22,7 +22,7 @@ from apps.recsys.serve.catalogue import Catalogue
 from apps.recsys.serve.front import Front
 from apps.recsys.serve.guard import Guard, read_admin_key, read_keys
 from apps.recsys.serve.logs import EventLines, configure_logging
-from apps.recsys.serve.metrics import Metrics, share_metrics
+from apps.recsys.serve.metrics import Metrics
 from apps.recsys.serve.model import ServedModel
 from apps.recsys.serve.openapi import describe
 from apps.recsys.serve.protocol import BoundedProtocol, sweep
@@ -46,11 +46,10 @@ def create() -> Front:
 def build(settings: ServeSettings) -> Front:
     """Return the ASGI application of one worker; it loads the model when the server starts it."""
     configure_logging()
-    share_metrics(Path(settings.state) / "metrics")
     faiss.omp_set_num_threads(settings.threads)
     BoundedProtocol.receive_timeout = settings.receive_timeout
     BoundedProtocol.max_connections = settings.max_connections
-    metrics, lines = Metrics(), EventLines()
+    metrics, lines = Metrics(Path(settings.state) / "metrics"), EventLines()
     keys = read_keys(Path(settings.api_keys)) if settings.api_keys else []
     admin = read_admin_key(Path(settings.admin_key)) if settings.admin_key else None
     # every worker sees its share of the requests
@@ -99,7 +98,6 @@ def _lifespan(settings: ServeSettings, front: Front, metrics: Metrics, guard: Gu
         front.at_once = {"/v1/recommend": service.at_once}
         BoundedProtocol.direct = {path.encode(): front.direct(path) for path in front.at_once}
         application.state.service = service
-        metrics.workers.set(1)
         background = [asyncio.create_task(sweep()), asyncio.create_task(service.keep_up())]
         gc.collect()
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again
@@ -142,9 +140,9 @@ def _add_routes(application: FastAPI) -> None:
         return _answer(request, {"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
     @application.get("/metrics", tags=["operations"], response_class=Response, responses=text)  # type: ignore[arg-type]
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         """What Prometheus reads, summed over the workers."""
-        text, kind = Metrics.text()
+        text, kind = request.app.state.service.metrics.text()
         return Response(text, headers={"content-type": kind})
 
     @application.exception_handler(HTTPException)

@@ -101,6 +101,7 @@ class IdMap:
     def __init__(self, hashes: np.ndarray, rows: np.ndarray, ids: Texts) -> None:
         """Take ascending hashes uint64 [n], the index of each int32 [n], and all ids as text in index order."""
         self._hashes, self._rows, self.ids = _view(hashes), _view(rows), ids
+        self._near = 4 * math.isqrt(len(self._hashes)) + 8
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,7 +110,14 @@ class IdMap:
         """Return the index of an id, None if it is unknown."""
         text = str(identifier)
         wanted, hashes = digest(text), self._hashes
-        place = bisect.bisect_left(hashes, wanted)
+        # hashes are spread evenly, so the place is known to within a few pages: a search from the ends touches more
+        guess = wanted * len(hashes) >> 64
+        low, high = max(guess - self._near, 0), min(guess + self._near, len(hashes))
+        if low and hashes[low - 1] >= wanted:
+            low = 0
+        if high < len(hashes) and hashes[high] < wanted:
+            high = len(hashes)
+        place = bisect.bisect_left(hashes, wanted, low, high)
         encoded = text.encode()
         while place < len(hashes) and hashes[place] == wanted:
             row: int = self._rows[place]

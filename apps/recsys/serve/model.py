@@ -18,7 +18,6 @@ import numpy as np
 from apps.recsys.fold_in import fold_in
 from apps.recsys.index import Filter, Index, fetch_size, first_filtered, open_index, search_filtered
 from apps.recsys.runtime import pad_histories
-from apps.recsys.serve.mapped import map_safetensors
 from apps.recsys.serve.prepared import Prepared, open_prepared
 from apps.recsys.serve.schema import RecommendRequest, ServiceError, invalid
 from kdcore.config import UserError
@@ -77,7 +76,6 @@ class ServedModel:
         self.reads_history = about["input"] == "history"
         self.index = self._open_index(index, recall, announce)
         self._session = self._open_session()
-        self._fold_in = map_safetensors(folder / "vectors.safetensors").get("fold_in") if self.index else None
         self._try()
 
     @property
@@ -237,11 +235,11 @@ class ServedModel:
             vector = self._run(plan.history, "user_vector")
         else:
             vectors, bias = self.prepared.vectors, None
-            if self._fold_in is None or vectors is None:
+            if self.prepared.fold_in is None or vectors is None:
                 raise ValueError("no fold_in: export the model again")
             if self.prepared.has_bias:
                 vectors, bias = vectors[:, :-1], vectors[:, -1]
-            vector = fold_in(self._fold_in, vectors, bias, plan.history)
+            vector = fold_in(self.prepared.fold_in, vectors, bias, plan.history)
         plan.query = self._query(vector)
         return plan.query
 

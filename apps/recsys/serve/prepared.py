@@ -1,4 +1,7 @@
-"""What serving derives from an export once and then maps: id look-ups, encoded items, popularity, categories.
+"""What serving derives from an export once and then maps: vectors, id look-ups, encoded items, popularity, categories.
+
+Nothing of the export itself is mapped: a file that somebody copies over it would be cut short under a running service,
+and to read what was cut off a map ends the process.
 
 It lives in ``.serving`` inside the export (or another folder where that cannot be written), belongs to one model
 version, and is made under a lock, so that workers that start together make it once.
@@ -28,19 +31,20 @@ from kdcore.config import UserError
 from kdcore.run import atomic_path, fingerprint, read_json, write_json
 
 # changes when an old file would be misread
-_LAYOUT = 1
+_LAYOUT = 2
 _MAX_CATEGORIES = 4096
 Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An export and what was derived from it, all of it memory-mapped.
+    """An export and what was derived from it, the large parts memory-mapped.
 
     ``vectors`` float32 [n_items, d]: item vectors, with the item bias as one more coordinate (``has_bias``), or None
-    for a model without vectors. ``seen_indptr`` int64 [n_users + 1] and ``seen_items`` int32: what each user had.
-    ``popularity`` int32 [n_items]: items, the most popular first; ``counts`` int32 [n_items] their interactions.
-    ``heads`` is the JSON of each item up to its score; ``search`` what is looked through for a title or an id.
+    for a model without vectors; ``fold_in`` is what makes a vector of a history. ``seen_indptr`` int64 [n_users + 1]
+    and ``seen_items`` int32: what each user had. ``popularity`` int32 [n_items]: items, the most popular first;
+    ``counts`` int32 [n_items] their interactions. ``heads`` is the JSON of each item up to its score; ``search`` what
+    is looked through for a title or an id.
     """
 
     folder: Path
@@ -56,6 +60,7 @@ class Prepared:
     counts: np.ndarray
     vectors: np.ndarray | None
     user_vectors: np.ndarray | None
+    fold_in: np.ndarray | None
     has_bias: bool
     categories: Categories
     segments: Segments
@@ -201,8 +206,6 @@ def _is_prepared(cache: Path, key: str) -> bool:
 
 def _opened(folder: Path, about: dict[str, Any], cache: Path) -> Prepared:
     derived, names = map_safetensors(cache / "prepared.safetensors"), read_json(cache / "prepared.json")
-    seen = map_safetensors(folder / "seen.safetensors")
-    vectors = map_safetensors(folder / "vectors.safetensors") if "vectors.safetensors" in about["files"] else {}
     try:
         return Prepared(
             folder=folder,
@@ -212,13 +215,14 @@ def _opened(folder: Path, about: dict[str, Any], cache: Path) -> Prepared:
             items=IdMap.of(derived, "items"),
             heads=Texts(derived["heads.offsets"], derived["heads.data"]),
             search=ItemSearch(cache / "search.txt", derived["search.offsets"]),
-            seen_indptr=seen["indptr"],
-            seen_items=seen["items"],
+            seen_indptr=derived["seen.indptr"],
+            seen_items=derived["seen.items"],
             popularity=derived["popularity"],
             counts=derived["counts"],
-            vectors=derived.get("vectors", vectors.get("item_vectors")),
-            user_vectors=vectors.get("user_vectors"),
-            has_bias="vectors" in derived,
+            vectors=derived.get("vectors"),
+            user_vectors=derived.get("user_vectors"),
+            fold_in=derived.get("fold_in"),
+            has_bias=names["has_bias"],
             categories=Categories(names["categories"], derived["categories.indptr"], derived["categories.items"]),
             segments=_segments(folder, about),
         )
@@ -230,7 +234,7 @@ def _segments(folder: Path, about: dict[str, Any]) -> Segments:
     if "segments.safetensors" not in about["files"]:
         return Segments([], np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
     arrays = map_safetensors(folder / "segments.safetensors")
-    return Segments(about["segments"], arrays["items"], arrays["shares"])
+    return Segments(about["segments"], np.array(arrays["items"]), np.array(arrays["shares"]))
 
 
 def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
@@ -243,6 +247,7 @@ def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
     arrays = {f"users.{name}": array for name, array in IdMap.pack(user_ids).items()}
     arrays |= {f"items.{name}": array for name, array in IdMap.pack(item_ids).items()}
     arrays["heads.offsets"], arrays["heads.data"] = Texts.pack(_heads(item_ids, titles))
+    arrays |= {f"seen.{name}": seen[name] for name in ("indptr", "items")}
     arrays["counts"] = np.bincount(seen["items"], minlength=len(item_ids)).astype(np.int32)
     arrays["popularity"] = np.argsort(-arrays["counts"], kind="stable").astype(np.int32)
     lines = ItemSearch.lines(item_ids, titles, arrays["popularity"])
@@ -250,15 +255,20 @@ def _prepare(folder: Path, about: dict[str, Any], cache: Path) -> None:
         temporary.write_bytes(b"".join(lines))
     arrays["search.offsets"] = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.uint64)
     names, arrays["categories.indptr"], arrays["categories.items"] = _categories(folder, about)
+    has_bias = False
     if "vectors.safetensors" in about["files"]:
         stored = map_safetensors(folder / "vectors.safetensors")
         _check_vectors(folder / "vectors.safetensors", stored, about)
-        if "item_bias" in stored:
+        arrays["vectors"], arrays["user_vectors"] = stored["item_vectors"], stored["user_vectors"]
+        if "fold_in" in stored:
+            arrays["fold_in"] = stored["fold_in"]
+        if has_bias := "item_bias" in stored:
             arrays["vectors"] = np.column_stack([stored["item_vectors"], stored["item_bias"]]).astype(np.float32)
     with atomic_path(cache / "prepared.safetensors") as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
     size, seconds = (cache / "prepared.safetensors").stat().st_size, round(time.perf_counter() - started, 3)
-    write_json(cache / "prepared.json", {"key": _key(about), "bytes": size, "seconds": seconds, "categories": names})
+    about_files = {"key": _key(about), "bytes": size, "seconds": seconds}
+    write_json(cache / "prepared.json", {**about_files, "has_bias": has_bias, "categories": names})
 
 
 def _check_seen(path: Path, seen: dict[str, np.ndarray], n_users: int, n_items: int) -> None:

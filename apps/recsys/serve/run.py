@@ -16,7 +16,6 @@ from uvicorn.supervisors import Multiprocess
 
 from apps.recsys.serve.guard import read_admin_key, read_keys
 from apps.recsys.serve.logs import configure_logging
-from apps.recsys.serve.metrics import share_metrics
 from apps.recsys.serve.settings import ServeSettings
 from kdcore.config import UserError
 
@@ -50,7 +49,6 @@ def serve(settings: ServeSettings, announce: Announce) -> int:
     state = Path(tempfile.mkdtemp(prefix="kd-serve-"))
     settings = replace(settings, state=str(state), port=listener.getsockname()[1])
     try:
-        share_metrics(state / "metrics")
         settings.to_environment()
         config = _config(settings)
         announce(f"serving on http://{settings.host}:{settings.port}")

@@ -63,10 +63,9 @@ class Service:
         self._use(model)
 
     def _use(self, model: ServedModel) -> None:
-        previous = (self.model.version, self.model.about["label"], self.model.index_kind)
         self.model = model
         self._tail = b',"model_version":"%b","request_id":"' % model.version.encode()
-        self.metrics.model(model.version, model.about["label"], model.index_kind, previous)
+        self.metrics.model(model.version, model.about["label"], model.index_kind)
         self.on_model(model)
 
     # -- recommend ---------------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ class Service:
             raise ServiceError(503, "overloaded", str(error), headers={"retry-after": "1"}) from None
         except EventStoreError as error:
             raise ServiceError(503, "events_unavailable", str(error), headers={"retry-after": "1"}) from None
-        self.metrics.events.inc(new)
+        self.metrics.count("kd_events_stored", by=new)
         return msgspec.json.encode(Stored(len(events), new, self.model.version, request_id))
 
     # -- reload ------------------------------------------------------------------------------------------------------
@@ -198,13 +197,13 @@ class Service:
                 await self._prepare()
                 model = await asyncio.to_thread(self.load)
             except UserError as error:
-                self.metrics.reloads.labels("refused").inc()
+                self.metrics.count("kd_reloads", "refused")
                 raise ServiceError(422, "bad_model", f"the old model goes on: {error}") from None
             number = self.crew.call()
             self.crew.changed()
             self._use(model)
             self.crew.report(number, model.version)
-            self.metrics.reloads.labels("done").inc()
+            self.metrics.count("kd_reloads", "done")
             try:
                 said = await self.crew.follow(number, _RELOAD_SECONDS)
             except TimeoutError:
@@ -245,9 +244,10 @@ class Service:
         )
 
     async def keep_up(self, seconds: float = 0.1) -> None:
-        """Reload, for ever, whenever another worker was asked to."""
+        """Reload, for ever, whenever another worker was asked to; leave what was counted where the others find it."""
         while True:
             await asyncio.sleep(seconds)
+            self.metrics.save()
             if self._reloading.locked() or not self.crew.changed():
                 continue
             number, error = self.crew.target(), None
@@ -267,6 +267,7 @@ class Service:
         await asyncio.to_thread(self.batcher.close)
         if self.events is not None:
             await self.events.aclose()
+        self.metrics.leave()
         self.crew.leave()
 
 

@@ -33,7 +33,7 @@ class Shadow:
         try:
             self._queue.put_nowait((request, stored, answered))
         except queue.Full:
-            self._metrics.shadow_dropped.inc()
+            self._metrics.count("kd_shadow_dropped")
 
     def close(self) -> None:
         """Stop; what waits is let go."""
@@ -52,9 +52,9 @@ class Shadow:
                 plan = self.model.plan(request, stored)
                 items = self.model.answer(plan)[1]
             except (ServiceError, ValueError):  # a user or an item that this model does not know
-                self._metrics.shadow_dropped.inc()
+                self._metrics.count("kd_shadow_dropped")
                 continue
-            self._metrics.shadow_seconds.observe(time.perf_counter() - started)
+            self._metrics.observe("kd_shadow_seconds", time.perf_counter() - started)
             theirs = {str(item["item_id"]).encode() for item in msgspec.json.decode(answered)}
             common = len({ids[item] for item in items.tolist()} & theirs)
-            self._metrics.shadow_overlap.observe(common / max(len(theirs), 1))
+            self._metrics.observe("kd_shadow_overlap", common / max(len(theirs), 1))
