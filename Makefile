@@ -24,6 +24,7 @@ bench: $(STAMP)
 	$(BIN)/kd recsys bench beauty --json benchmarks/results/recsys_beauty.json
 	$(BIN)/kd recsys bench train --json benchmarks/results/recsys_train.json
 	$(BIN)/kd recsys bench teachers --json benchmarks/results/recsys_teachers.json
+	$(BIN)/kd recsys bench serve --json benchmarks/results/recsys_serve.json
 	$(BIN)/kd recsys bench evaluate --json benchmarks/results/recsys_evaluate.json
 	$(BIN)/python -m benchmarks.readme
 

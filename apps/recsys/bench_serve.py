@@ -168,7 +168,7 @@ def _asking(port: int, *, together: int = 0, **options: Any) -> Load:
     asked = [{"user_id": generator.randint(1, _USERS), "k": _K} for _ in range(20_000)]
     if together:
         lists = [asked[start : start + together] for start in range(0, len(asked) - together, together)]
-        return Load(port, [json.dumps(each) for each in lists[:2000]], wanted=_K, **options)
+        return Load(port, [json.dumps(each) for each in lists[:2000]], wanted=_K, sample=4, **options)
     return Load(port, [json.dumps(each) for each in asked], wanted=_K, **options)
 
 
@@ -254,8 +254,11 @@ def memory(bench: Bench) -> dict[str, Any]:
             failed += bench.load(server, _asking(server.port, requests=requests // 10))["failed"]
             seen.append(server.memory())
     growth = max(abs(each["rss"] / seen[0]["rss"] - 1) for each in seen[1:])
-    figure = judged(100 * growth, 2.0, least=False, unit="% of resident memory")
-    return {"figures": {f"memory over {requests:,} requests": figure}, "failed": failed, "bytes": seen}
+    figures = {
+        f"growth of memory over {requests:,} requests": judged(100 * growth, 2.0, least=False, unit="%"),
+        f"failed of {requests:,} requests": judged(failed, 0, least=False),
+    }
+    return {"figures": figures, "bytes": seen}
 
 
 def reload(bench: Bench) -> dict[str, Any]:

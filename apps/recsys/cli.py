@@ -346,7 +346,7 @@ def demo(folder: Path) -> None:
     words = ["--recipe", "relaxed_ranking", "--data", str(data), "--seeds", "0,1,2", "--out", str(folder)]
     main(["run", *words])
     exported = export(folder, "student", folder / "exported")
-    console.print(f"student for serving: {exported}")
+    console.print(f"student for serving: {exported}; try it with kd recsys serve --model {exported}")
     show_recommendations(folder, console)
 
 

@@ -153,7 +153,8 @@ def test_vectors_give_the_scores(runs: dict[str, Path], exports: dict[str, Path]
             wanted = model.scores(torch.arange(dataset.n_users), all_histories(dataset)).numpy()
         np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5)
     assert not (exports["ease"] / "vectors.safetensors").exists()
-    assert set(load_file(exports["mf"] / "vectors.safetensors")) == {"user_vectors", "item_vectors", "item_bias", "fold_in"}
+    names = {"user_vectors", "item_vectors", "item_bias", "fold_in"}
+    assert set(load_file(exports["mf"] / "vectors.safetensors")) == names
 
 
 @pytest.mark.parametrize("name", ["ease", "sasrec"])
