@@ -266,9 +266,8 @@ class Runner:
         if self._closing or self._end.done():
             return
         now = time.perf_counter()
-        if self._due <= now:
-            if self._idle:
-                self._late.add(int((now - self._due) * 1e6))
+        if self._due <= now and self._idle and self._given < self._most:
+            self._late.add(int((now - self._due) * 1e6))
             self._send_due(now)
         loop = asyncio.get_running_loop()
         if self._given >= self._most:

@@ -510,8 +510,9 @@
   }
 
   function listHistory(heading, items, clicked, note) {
-    const known = new Set(items.map((item) => item.item_id));
-    const rows = [...clicked.filter((item) => !known.has(item.item_id)).map((item) => [item, true]), ...items.map((item) => [item, false])];
+    // the service lists stored events as well; one of an item it does not know is shown all the same
+    const known = new Set(items.map((item) => item.item_id)), fresh = new Set(clicked.map((item) => item.item_id));
+    const rows = [...clicked.filter((item) => !known.has(item.item_id)), ...items].map((item) => [item, fresh.has(item.item_id)]);
     $("history-title").replaceChildren(...[heading].flat());
     $("history-facts").textContent = rows.length ? "newest first" : "";
     $("history-note").textContent = note ?? "Nothing.";
