@@ -75,11 +75,11 @@ def search_filtered(index: Index, query: np.ndarray, k: int, filter: Filter | No
 
     Raises ValueError as Index.search does.
     """
-    query = checked(query[None], index.dimension, k)
     if filter is None or filter.allowed is None:
-        best = index.search_one(query[0], k, None if filter is None else filter.exclude)
+        best = index.search_one(query, k, None if filter is None else filter.exclude)
         if best is not None:
             return best
+    query = checked(query[None], index.dimension, k)
     if filter is None:
         filter = Filter(np.empty(0, dtype=np.int64))
     most = index.n_items if filter.allowed is not None else min(k + len(filter.exclude), index.n_items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -79,11 +80,16 @@ class Index:
         return self._rank(queries, k, rough, items)
 
     def search_one(self, query: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the k best items that are not excluded for one finite query float32 [d]: scores [k], items [k].
+        """Return the k best items that are not excluded for one query float32 [d]: scores [k], items [k].
 
         What ``search`` finds for a query alone, in two thirds of the time: with buffers that a thread keeps, and exact
-        products of no more candidates than can matter. None where it does not find k, or the list is long.
+        products of no more candidates than can matter. None where it does not find k, the list is long, or the query
+        is not one that ``search`` takes as it is.
         """
+        if query.dtype != np.float32 or query.shape != (self.dimension,) or not query.flags.c_contiguous or k < 1:
+            return None
+        if not math.isfinite(query.dot(query)):
+            return None
         wanted = k if exclude is None else k + min(len(exclude), max(k, 16))
         kept = k + k // 2 + self._spare if self.kind == "hnsw" else self._factor * k + self._spare
         fetch = min(kept - k + wanted if self.kind == "hnsw" else self._factor * wanted + self._spare, self.n_items)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import faiss
+
 from apps.recsys.serve.model import Plan, ServedModel
 from apps.recsys.serve.schema import ServiceError
 
@@ -19,8 +21,9 @@ _Waiting = tuple[ServedModel, Plan, asyncio.Future[bytes]]
 class Batcher:
     """Answers plans in one thread, so that the event loop stays free, and in batches, so that a scan serves many."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "recommend")
+    def __init__(self, threads: int = 1) -> None:
+        """Take the number of threads that a scan may use; OpenMP keeps it for each thread that starts one."""
+        self._pool = ThreadPoolExecutor(1, "recommend", faiss.omp_set_num_threads, (threads,))
         self._waiting: list[_Waiting] = []
         self._busy = False
 

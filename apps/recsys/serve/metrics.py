@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdcore.run import read_json, write_json
+from kdcore.run import read_json
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -73,12 +74,18 @@ class Metrics:
         """Leave the numbers for whichever worker is asked, if there are new ones."""
         if self._changed:
             self._changed = False
-            write_json(self._file, self._numbers())
+            self._write()
 
     def leave(self) -> None:
         """Leave the counts and no longer count as a worker."""
         self._model = None
-        write_json(self._file, self._numbers())
+        self._write()
+
+    def _write(self) -> None:
+        """Write the file whole, without waiting for the disk: it need not outlive the service."""
+        temporary = self._file.with_suffix(".new")
+        temporary.write_text(json.dumps(self._numbers()), encoding="utf-8")
+        os.replace(temporary, self._file)
 
     def text(self) -> tuple[bytes, str]:
         """Return what Prometheus reads, over all workers, and its content type."""

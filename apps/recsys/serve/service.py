@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class Service:
         """Take what was opened; the service closes it."""
         self.settings, self.model, self.metrics, self.guard, self.crew = settings, model, metrics, guard, crew
         self.events, self.shadow = events, shadow
-        self.batcher = Batcher()
+        self.batcher = Batcher(settings.threads)
         self.ready = True
         # a reload gives the model to whoever wants to know
         self.on_model = lambda model: None
@@ -220,8 +221,9 @@ class Service:
         """
         words = ["--model", self.settings.model, "--index", self.settings.index, "--recall", str(self.settings.recall)]
         words += ["--cache", self.settings.cache] if self.settings.cache else []
+        nice = [found, "-n", "10"] if (found := shutil.which("nice")) else []  # it must not hold up what is answered
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "apps.cli", "recsys", "serve", "--prepare-only", *words),
+            *(*nice, sys.executable, "-m", "apps.cli", "recsys", "serve", "--prepare-only", *words),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -247,7 +249,8 @@ class Service:
         """Reload, for ever, whenever another worker was asked to; leave what was counted where the others find it."""
         while True:
             await asyncio.sleep(seconds)
-            self.metrics.save()
+            if self.settings.workers > 1:
+                self.metrics.save()
             if self._reloading.locked() or not self.crew.changed():
                 continue
             number, error = self.crew.target(), None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+import faiss
 import msgspec
 
 from apps.recsys.serve.metrics import Metrics
@@ -44,6 +45,7 @@ class Shadow:
         self._thread.join()
 
     def _compare_forever(self) -> None:
+        faiss.omp_set_num_threads(1)  # of this thread: the shadow must not take cores from what is answered
         ids = self.model.prepared.items.ids
         while (asked := self._queue.get()) is not None:
             request, stored, answered = asked
