@@ -93,7 +93,7 @@ class Index:
         wanted = k if exclude is None else k + min(len(exclude), max(k, 16))
         kept = k + k // 2 + self._spare if self.kind == "hnsw" else self._factor * k + self._spare
         fetch = min(kept - k + wanted if self.kind == "hnsw" else self._factor * wanted + self._spare, self.n_items)
-        if fetch > _BUFFER or faiss.omp_get_max_threads() != 1:
+        if fetch > _BUFFER or (exclude is not None and len(exclude) > _BUFFER) or faiss.omp_get_max_threads() != 1:
             return None
         try:
             rough, items, rough_pointer, items_pointer = _local.buffers
@@ -107,16 +107,19 @@ class Index:
         if exclude is not None and len(exclude):
             out = set(exclude.tolist())
             found = [item for item in found if item not in out]
-        found = sorted(item for item in found[:kept] if item >= 0)  # so that equal scores stay in index order
+        del found[kept:]
+        while found and found[-1] < 0:  # what was not found stands at the end
+            found.pop()
         count = len(found)
         if count < k:
             return None
+        found.sort()  # so that equal scores stay in index order
         items[:count] = found
         faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]
             rough_pointer, pointer, self._pointer, items_pointer, self.dimension, 1, count
         )
         order = (-rough[:count]).argsort(kind="stable")[:k]
-        return rough[order], items[order]
+        return rough.take(order), items.take(order)
 
     def set_effort(self, effort: int) -> None:
         """Set efSearch of hnsw, nprobe of ivfpq, spare candidates of int8; not while others search."""
