@@ -263,7 +263,7 @@ def memory(bench: Bench) -> dict[str, Any]:
 
 def reload(bench: Bench) -> dict[str, Any]:
     """Swap the model again and again while clients ask as fast as they are answered."""
-    models = [bench.model(100_000, "hnsw", seed=seed) for seed in (0, 1)]
+    models = [bench.model(100_000, "hnsw", seed=seed).resolve() for seed in (0, 1)]
     folder = Path(tempfile.mkdtemp(prefix="reload-", dir=bench.folder))
     current, key = folder / "current", "k" * 32
     (folder / "admin.key").write_text(key, encoding="utf-8")

@@ -140,17 +140,21 @@ class Front:
         now = self.at_once[path]
 
         def answer(headers: list[tuple[bytes, bytes]], client: Any, body: bytes, common: bytes) -> bytes | None:
-            if not self._guard.open:
-                return None
             started = time.perf_counter()
             head = Head(headers, client)
             if head.type != b"application/json":
                 return None
-            request_id = self._request_id(head)
-            found = now(body, request_id)
-            if found is None:
+            request_id, caller = self._request_id(head), head.address
+            try:
+                if not self._guard.open:
+                    caller = self._guard.caller(head.key, caller)
+                found = now(body, request_id)
+                if found is None:
+                    return None
+                self._guard.admit(caller)  # last: what goes the long way is counted there
+            except ServiceError:
                 return None
-            self._note(request_id, path, "POST", 200, time.perf_counter() - started, head.address, None)
+            self._note(request_id, path, "POST", 200, time.perf_counter() - started, caller, None)
             return _DIRECT % (common, len(found), request_id.encode("ascii"), found)
 
         return answer

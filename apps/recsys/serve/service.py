@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import sys
 import time
@@ -33,6 +34,7 @@ from apps.recsys.serve.shadow import Shadow
 from apps.recsys.serve.workers import Crew
 from kdcore.config import UserError
 
+_log = logging.getLogger("kdsuite.serve")
 _RELOAD_SECONDS = 600.0
 _RECOMMEND = msgspec.json.Decoder(RecommendRequest | Batch)
 _EVENTS = msgspec.json.Decoder(EventsRequest)
@@ -250,15 +252,21 @@ class Service:
         while True:
             await asyncio.sleep(seconds)
             if self.settings.workers > 1:
-                self.metrics.save()
-            if self._reloading.locked() or not self.crew.changed():
-                continue
-            number, error = self.crew.target(), None
-            try:
-                self._use(await asyncio.to_thread(self.load))
-            except UserError as refused:
-                error = str(refused)
-            self.crew.report(number, self.model.version, error)
+                try:
+                    self.metrics.save()
+                except OSError as error:  # a full disk must not end the loop that reloads
+                    _log.warning("metrics of this worker cannot be shared: %s", error)
+            if not self._reloading.locked() and self.crew.changed():
+                await self._reload_with_the_others()
+
+    async def _reload_with_the_others(self) -> None:
+        number, refused = self.crew.target(), None
+        try:
+            self._use(await asyncio.to_thread(self.load))
+        except Exception as error:  # whatever it is, this worker goes on with the model it has, and says so
+            _log.warning("reload %d refused: %s", number, error, exc_info=not isinstance(error, UserError))
+            refused = str(error)
+        self.crew.report(number, self.model.version, refused)
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
