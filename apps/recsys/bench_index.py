@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,26 @@ def main() -> None:
         print("{}")
     else:
         print(json.dumps(_measure(options.folder, options.kind, options.build)))
+
+
+def judged(value: float, target: float, *, least: bool = True, unit: str = "") -> dict[str, Any]:
+    """Return a figure beside its target: at least that much, or at the most."""
+    met = value >= target if least else value <= target
+    return {"value": round(value, 4), "unit": unit, "target": f"{'>=' if least else '<='} {target:g}", "met": bool(met)}
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of the largest catalogue measured."""
+    items = max(row["items"] for row in rows)
+    by_kind = {row["kind"]: row for row in rows if row["items"] == items}
+    name = f"{items:,} items, one core"
+    return {
+        f"exact, {name}": judged(1 / by_kind["exact"]["ratio_to_flat"], 0.95, unit="x faiss IndexFlatIP"),
+        f"int8, {name}": judged(by_kind["int8"]["p50_ms"], 4.5, least=False, unit="ms a query"),
+        f"int8, {name}, recall@10": judged(by_kind["int8"]["recall_at_10"], 0.99),
+        f"hnsw, {name}": judged(by_kind["hnsw"]["p50_ms"], 0.4, least=False, unit="ms a query"),
+        f"hnsw, {name}, recall@10": judged(by_kind["hnsw"]["recall_at_10"], 0.97),
+    }
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from apps.recsys import load_client
-from apps.recsys.bench_index import made_vectors
+from apps.recsys.bench_index import judged, made_vectors
 from apps.recsys.load_client import Load
 from apps.recsys.load_server import Server, environment, pinned
 from kdcore import __version__
@@ -77,12 +77,6 @@ def write_export(folder: Path, n_items: int, *, n_users: int = _USERS, dimension
         **{"fold_in": measured, "parity": None, "files": files},
     }
     write_json(folder / "model.json", about)
-
-
-def judged(value: float, target: float, *, least: bool = True, unit: str = "") -> dict[str, Any]:
-    """Return a figure beside its target: at least that much, or at the most."""
-    met = value >= target if least else value <= target
-    return {"value": round(value, 4), "unit": unit, "target": f"{'>=' if least else '<='} {target:g}", "met": bool(met)}
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
@@ -342,21 +336,7 @@ def index(bench: Bench) -> dict[str, Any]:
 
     sizes = ((100_000, 64),) if bench.quick else ((100_000, 64), (1_000_000, 64))
     result = bench_index.run(bench.folder / "index", sizes=sizes)
-    return {"figures": index_figures(result["rows"]), **result}
-
-
-def index_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of the largest catalogue measured."""
-    items = max(row["items"] for row in rows)
-    by_kind = {row["kind"]: row for row in rows if row["items"] == items}
-    name = f"{items:,} items, one core"
-    return {
-        f"exact, {name}": judged(1 / by_kind["exact"]["ratio_to_flat"], 0.95, unit="x faiss IndexFlatIP"),
-        f"int8, {name}": judged(by_kind["int8"]["p50_ms"], 4.5, least=False, unit="ms a query"),
-        f"int8, {name}, recall@10": judged(by_kind["int8"]["recall_at_10"], 0.99),
-        f"hnsw, {name}": judged(by_kind["hnsw"]["p50_ms"], 0.4, least=False, unit="ms a query"),
-        f"hnsw, {name}, recall@10": judged(by_kind["hnsw"]["recall_at_10"], 0.97),
-    }
+    return {"figures": bench_index.figures(result["rows"]), **result}
 
 
 def events(bench: Bench) -> dict[str, Any]:
