@@ -60,23 +60,18 @@ class Backend(Protocol):
 
     def write(self, batch: Sequence[Sequence[Row]]) -> list[int]:
         """Commit all durably in one transaction; return how many rows of each part were new."""
-        raise NotImplementedError
 
     def items_of(self, user_id: str, limit: int) -> list[str]:
         """Return the newest items of a user, oldest first."""
-        raise NotImplementedError
 
     def count(self) -> int:
         """Return the number of events."""
-        raise NotImplementedError
 
     def reading(self) -> AbstractContextManager[tuple[Facts, Iterator[Block]]]:
         """Give one state of the store: its facts, and its rows in blocks, in the order they were stored."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Close all connections."""
-        raise NotImplementedError
 
 
 def open_backend(url: str, *, create: bool) -> Backend:
