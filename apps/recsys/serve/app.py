@@ -35,7 +35,7 @@ from kdcore import __version__
 
 # the page may load itself and nothing else
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501
-_PAGES = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
+_PAGES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 
 def create() -> Front:
@@ -212,9 +212,10 @@ def _add_pages(application: FastAPI) -> None:
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
-    for name, kind in _PAGES.items():
-        path = "/" if name == "index.html" else f"/{name}"
-        content = (folder / name).read_bytes()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        kind = _PAGES[file.name.rpartition(".")[2]]
+        path = "/" if file.name == "index.html" else f"/{file.name}"
+        content = file.read_bytes()
 
         def page(content: bytes = content, kind: str = kind) -> Response:
             return Response(content, media_type=kind, headers={**headers, "cache-control": "max-age=60"})
