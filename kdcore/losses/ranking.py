@@ -26,15 +26,12 @@ from kdcore.losses.contract import (
     row_mask,
     teacher_like,
 )
+from kdcore.losses.examples import normal
 from kdcore.losses.registry import register
 
 _RD = "Tang & Wang, Ranking Distillation, KDD 2018"
 _CD = "Lee et al., Collaborative Distillation for Top-N Recommendation, ICDM 2019"
 _DE_RRD = "Kang et al., DE-RRD: A Knowledge Distillation Framework for Recommender System, CIKM 2020"
-
-
-def _normal(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
@@ -49,7 +46,7 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     "bpr",
     "ranking",
     "Rendle et al., BPR: Bayesian Personalized Ranking from Implicit Feedback, UAI 2009",
-    examples=lambda b, g: {"positive": _normal(b, generator=g), "negative": _normal(b, 3, generator=g)},
+    examples=lambda b, g: {"positive": normal(b, generator=g), "negative": normal(b, 3, generator=g)},
     teacher=(),
     laws=("nonnegative", "student_shift"),
 )
@@ -82,10 +79,11 @@ def bpr(positive: Tensor, negative: Tensor, *, mask: Tensor | None = None, reduc
     "ranking",
     "He et al., Neural Collaborative Filtering, WWW 2017",
     examples=lambda b, g: {
-        "scores": _normal(b, 4, generator=g),
+        "scores": normal(b, 4, generator=g),
         "labels": torch.randint(2, (b, 4), generator=g, dtype=torch.float64),
     },
     teacher=("labels",),
+    fixed=("labels",),
     laws=("nonnegative", "permutation", "element_mask"),
 )
 def pointwise_bce(
@@ -167,7 +165,7 @@ def ranking_discrepancy_weights(
     "ranking_distillation",
     "ranking",
     _RD,
-    examples=lambda b, g: {"student_list": _normal(b, 5, generator=g)},
+    examples=lambda b, g: {"student_list": normal(b, 5, generator=g)},
     teacher=(),
     laws=("nonnegative", "element_mask"),
     variants=({}, {"weights": position_weights(5, 2.0)}),
@@ -202,7 +200,7 @@ def ranking_distillation(
     "collaborative_distillation",
     "ranking",
     _CD,
-    examples=lambda b, g: {"student": _normal(b, 5, generator=g), "teacher": _normal(b, 5, generator=g)},
+    examples=lambda b, g: {"student": normal(b, 5, generator=g), "teacher": normal(b, 5, generator=g)},
     laws=("nonnegative", "stationary_at_equality", "permutation", "element_mask"),
 )
 def collaborative_distillation(
@@ -237,7 +235,7 @@ def collaborative_distillation(
     "relaxed_ranking",
     "ranking",
     _DE_RRD,
-    examples=lambda b, g: {"interesting": _normal(b, 4, generator=g), "uninteresting": _normal(b, 3, generator=g)},
+    examples=lambda b, g: {"interesting": normal(b, 4, generator=g), "uninteresting": normal(b, 3, generator=g)},
     teacher=(),
     laws=("nonnegative", "student_shift", "element_mask"),
 )
@@ -379,7 +377,7 @@ def _small_experts() -> nn.Module:
     "distillation_experts",
     "ranking",
     _DE_RRD,
-    examples=lambda b, g: {"student": _normal(b, 3, generator=g), "teacher": _normal(b, 5, generator=g)},
+    examples=lambda b, g: {"student": normal(b, 3, generator=g), "teacher": normal(b, 5, generator=g)},
     laws=("nonnegative",),
     variants=({"temperature": 0.7}, {"temperature": 1e-10}),
     build=_small_experts,

@@ -26,17 +26,14 @@ from kdcore.losses.contract import (
     row_mask,
     teacher_like,
 )
+from kdcore.losses.examples import normal
 from kdcore.losses.registry import register
 
 Direction = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
 
-def _normal(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def _pair(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"student": _normal(rows, 5, generator=generator), "teacher": _normal(rows, 5, generator=generator)}
+    return {"student": normal(rows, 5, generator=generator), "teacher": normal(rows, 5, generator=generator)}
 
 
 def _pair_with_labels(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -45,7 +42,7 @@ def _pair_with_labels(rows: int, generator: torch.Generator) -> dict[str, Tensor
 
 def _student_with_labels(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {
-        "student": _normal(rows, 5, generator=generator),
+        "student": normal(rows, 5, generator=generator),
         "labels": torch.randint(5, (rows,), generator=generator),
     }
 
@@ -153,6 +150,7 @@ def _kept_student(inputs: dict[str, Tensor], options: Mapping[str, Any]) -> dict
     "Hinton et al., Distilling the Knowledge in a Neural Network, 2015, on the teacher's top classes and one lump",
     examples=_kept_teacher,
     teacher=("teacher_log_probs",),
+    fixed=("teacher_log_probs",),
     laws=("zero_at_equality", "stationary_at_equality", "nonnegative", "student_shift"),
     variants=({}, {"temperature": 3.0}),
     at_equality=_kept_student,
@@ -423,7 +421,7 @@ def label_smoothing(
     "confidence_penalty",
     "response",
     "Pereyra et al., Regularizing Neural Networks by Penalizing Confident Output Distributions, ICLR workshop 2017",
-    examples=lambda b, g: {"student": _normal(b, 5, generator=g)},
+    examples=lambda b, g: {"student": normal(b, 5, generator=g)},
     teacher=(),
     laws=("nonnegative", "student_shift", "permutation"),
 )
