@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdcore.losses.geometry import angle_relations, distance_relations
 from kdcore.losses.ranking import (
     DistillationExperts,
     annealed_temperature,
@@ -32,6 +33,7 @@ from kdcore.losses.response import (
 __all__ = [
     "DistillationExperts",
     "LossEntry",
+    "angle_relations",
     "annealed_temperature",
     "binary_soft_targets",
     "bpr",
@@ -39,6 +41,7 @@ __all__ = [
     "collaborative_distillation",
     "confidence_penalty",
     "decoupled",
+    "distance_relations",
     "entries",
     "entry",
     "get",

@@ -27,6 +27,7 @@ from kdcore.losses.contract import (
     teacher_like,
 )
 from kdcore.losses.examples import normal
+from kdcore.losses.kernels import DecoupledDivergence, ForwardDivergence
 from kdcore.losses.registry import register
 
 Direction = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
@@ -56,11 +57,12 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, direction: Direction) -> Tensor:
     """Return T^2 times the divergence of each row [B] of raw logits [B, C]."""
     student = in_full_precision(student)
+    if direction == "forward":
+        rows: Tensor = ForwardDivergence.apply(student, teacher_like(teacher, student), temperature)
+        return rows
     log_q = torch.log_softmax(student / temperature, 1)
     log_p = torch.log_softmax(teacher_like(teacher, student) / temperature, 1)
-    if direction == "forward":
-        rows = _kl(log_p, log_q)
-    elif direction == "reverse":
+    if direction == "reverse":
         rows = _kl(log_q, log_p)
     elif direction == "symmetric":
         rows = (_kl(log_p, log_q) + _kl(log_q, log_p)) / 2
@@ -321,16 +323,6 @@ def binary_soft_targets(
     return reduce_rows(losses.sum(1) if losses.dim() == 2 else losses, rows, reduction)
 
 
-def _split_target(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log [p(target), p(not target)] [B, 2] and the log-probabilities given "not target", -inf at it, [B, C]."""
-    log_probs = torch.log_softmax(logits, 1)
-    target = F.one_hot(labels, logits.shape[1]).bool()
-    # The sum over the other classes, not 1 - p: it keeps its digits where p rounds to 1.
-    others = log_probs.masked_fill(target, -torch.inf)
-    binary = torch.stack([log_probs.gather(1, labels[:, None])[:, 0], torch.logsumexp(others, 1)], 1)
-    return binary, torch.log_softmax(others, 1)
-
-
 @register(
     "decoupled",
     "response",
@@ -373,10 +365,8 @@ def decoupled(
     labels = labels if valid is None else labels.masked_fill(~valid, 0)
     student = hide(in_full_precision(student), valid)
     teacher = hide(teacher_like(teacher, student), valid)
-    student_binary, student_others = _split_target(student / temperature, labels)
-    teacher_binary, teacher_others = _split_target(teacher / temperature, labels)
-    losses = alpha * _kl(teacher_binary, student_binary) + beta * _kl(teacher_others, student_others)
-    return reduce_rows(losses * temperature**2, valid, reduction)
+    losses = DecoupledDivergence.apply(student, teacher, labels, alpha, beta, temperature)
+    return reduce_rows(losses, valid, reduction)
 
 
 @register(
