@@ -17,6 +17,10 @@ from kdcore.command_line import Parser, example, guarded
 WINGS = {"recsys": "distil a top-N recommender and write its recommendations"}
 
 
+# what `kd NAME` lists of the core
+CATALOGUES = {"losses": "the losses of the core", "teaching": "the ways of teaching of the core"}
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run ``kd`` with the given words (default: the command line) and return the exit code."""
     given = list(sys.argv[1:] if words is None else words)
@@ -26,6 +30,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     if words and words[0] in WINGS:
         return int(import_module(f"apps.{words[0]}.cli").main(words[1:]))
+    if words and words[0] == "bench":
+        return int(import_module("apps.bench.cli").main(words[1:]))
     parser = Parser(
         prog="kd",
         description="kdsuite: big models teach small ones, and the small ones go to work.",
@@ -43,6 +49,10 @@ def _main(words: list[str]) -> int:
     recipes = commands.add_parser("recipes", help="list the recipes of every wing", epilog=example("kd recipes"))
     recipes.add_argument("--json", action="store_true", help="print JSON")
     _add_data(commands)
+    for catalogue, what in CATALOGUES.items():
+        listing = commands.add_parser(catalogue, help=f"list {what}", epilog=example(f"kd {catalogue} --json"))
+        listing.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser("bench", help="measure the core on this machine", add_help=False)
     report = commands.add_parser(
         "report", help="write a run's report and print its table", epilog=example("kd report runs/demo/recsys")
     )
@@ -50,6 +60,8 @@ def _main(words: list[str]) -> int:
     for wing, what in WINGS.items():
         commands.add_parser(wing, help=what, add_help=False)
     args = parser.parse_args(words)
+    if args.command in CATALOGUES:
+        return _catalogue(args)
     return {"demo": _demo, "recipes": _recipes, "data": _data, "report": _report}[args.command](args)
 
 
@@ -95,6 +107,26 @@ def _recipes(args: argparse.Namespace) -> int:
     table.add_column("reference")
     for row in rows:
         table.add_row(row["wing"], row["recipe"], row["title"], row["reference"])
+    Console().print(table)
+    return 0
+
+
+def _catalogue(args: argparse.Namespace) -> int:
+    if args.command == "losses":
+        rows = [row.describe() for row in import_module("kdcore.losses").entries()]
+    else:
+        rows = [row.describe() for row in import_module("kdcore.teaching").teaching_entries()]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "form", "what", "needs", "reference", box=None)
+    table.columns[0].no_wrap = True
+    for row in rows:
+        needs = row["needs"] if isinstance(row["needs"], str) else ", ".join(row["needs"])
+        table.add_row(row["name"], row.get("family", "") or row["form"], row["summary"], needs, row["reference"])
     Console().print(table)
     return 0
 

@@ -25,6 +25,7 @@ from kdcore.losses.contract import (
 )
 from kdcore.losses.examples import pair
 from kdcore.losses.registry import register
+from kdcore.losses.vectors import gram, squared_distances
 
 _RKD = "Park et al., Relational Knowledge Distillation, CVPR 2019"
 
@@ -43,22 +44,13 @@ def _inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tens
 def _gram(features: Tensor, valid: Tensor) -> Tensor:
     """Return the inner products float64 [B, B] of rows that were centred: the digits of their differences survive."""
     with torch.autocast(features.device.type, enabled=False):
-        centred = _centred(features, valid).double()
-        return centred @ centred.T
+        return gram(_centred(features, valid).double())
 
 
 def _centred(features: Tensor, valid: Tensor) -> Tensor:
     """Return the valid rows without their mean, 0 elsewhere; no distance and no angle sees the shift."""
     weight = (valid / valid.sum().clamp(min=1)).to(features.dtype)
     return (features - weight @ features) * valid[:, None]
-
-
-def _squared_distances(gram: Tensor) -> Tensor:
-    """Return the squared distances [B, B] of a Gram matrix; those that are rounding (duplicate rows) are 0."""
-    norms = gram.diagonal()
-    both = norms[:, None] + norms
-    squared = both - 2 * gram
-    return squared.masked_fill(squared.detach() <= 1e-13 * both.detach(), 0.0)
 
 
 @register(
@@ -94,7 +86,7 @@ def distance_relations(
 
 def _relative(features: Tensor, valid: Tensor) -> Tensor:
     """Return distances over their mean, float64 [B, B]; 0 where a row does not count."""
-    squared = _squared_distances(_gram(features, valid)) * (valid[:, None] & valid)
+    squared = squared_distances(_gram(features, valid)) * (valid[:, None] & valid)
     apart = squared > 0
     distances = squared.masked_fill(~apart, 1.0).sqrt() * apart  # the root has no gradient at 0
     return distances / (distances.sum() / apart.sum().clamp(min=1)).masked_fill(~apart.any(), 1.0)
@@ -165,7 +157,7 @@ def _corners(
 ) -> tuple[Tensor, Tensor]:
     """Return the rows [B] and the gradient of their (weighted) sum by the student's Gram matrix, [B, B]."""
     size, pairs = len(valid), valid.sum().clamp(min=1).to(dtype) ** 2
-    student_inverse, teacher_inverse = (_inverse_distances(gram, valid).to(dtype) for gram in (student, teacher))
+    student_inverse, teacher_inverse = (_inverse_distances(each, valid).to(dtype) for each in (student, teacher))
     student, teacher = student.to(dtype), teacher.to(dtype)
     rows = student.new_zeros(size)
     by_gram, by_half, by_square = torch.zeros_like(student), torch.zeros_like(student), torch.zeros_like(student)
@@ -191,19 +183,19 @@ def _corners(
     return rows / pairs, by_gram / pairs
 
 
-def _inverse_distances(gram: Tensor, valid: Tensor) -> Tensor:
-    squared = _squared_distances(gram) * (valid[:, None] & valid)
+def _inverse_distances(products: Tensor, valid: Tensor) -> Tensor:
+    squared = squared_distances(products) * (valid[:, None] & valid)
     return squared.masked_fill(squared == 0, torch.inf).rsqrt()
 
 
-def _cosines(gram: Tensor, inverse: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+def _cosines(products: Tensor, inverse: Tensor, some: slice) -> tuple[Tensor, Tensor]:
     """Return the cosines [J, B, B] at some corners j, and the inverse distances [J, B] from them.
 
     cos_ik = (g_ik - half_i - half_k) r_i r_k with half_i = g_ij - g_jj / 2 and r the inverse distances from j.
     """
     inverse = inverse[some]
-    half = (gram[some] - gram.diagonal()[some, None] / 2) * inverse
+    half = (products[some] - products.diagonal()[some, None] / 2) * inverse
     cosines = inverse[:, :, None] * inverse[:, None, :]
-    cosines *= gram
+    cosines *= products
     left, right = torch.stack((half, inverse), 2), torch.stack((inverse, half), 1)
     return torch.baddbmm(cosines, left, right, alpha=-1), inverse

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from kdcore.losses.contract import (
     check_labels,
     check_pair,
     check_positive,
-    check_shape,
     element_mask,
     hide,
     in_full_precision,
@@ -133,96 +131,6 @@ def soft_targets(
         for s, t in zip(student.split(chunk_size), teacher.split(chunk_size), strict=True)
     ]
     return reduce_rows(torch.cat(parts), valid, reduction)
-
-
-def _kept_teacher(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    pair = _pair(rows, generator)
-    log_probs, items = torch.log_softmax(pair["teacher"], 1).topk(3, 1)
-    return {"student": pair["student"], "items": items, "teacher_log_probs": log_probs}
-
-
-def _kept_student(inputs: dict[str, Tensor], options: Mapping[str, Any]) -> dict[str, Tensor]:
-    log_probs = torch.log_softmax(inputs["student"] / options.get("temperature", 1.0), 1)
-    return {**inputs, "teacher_log_probs": log_probs.gather(1, inputs["items"])}
-
-
-@register(
-    "sparse_soft_targets",
-    "response",
-    "Hinton et al., Distilling the Knowledge in a Neural Network, 2015, on the teacher's top classes and one lump",
-    examples=_kept_teacher,
-    teacher=("teacher_log_probs",),
-    fixed=("teacher_log_probs",),
-    laws=("zero_at_equality", "stationary_at_equality", "nonnegative", "student_shift"),
-    variants=({}, {"temperature": 3.0}),
-    at_equality=_kept_student,
-)
-def sparse_soft_targets(
-    student: Tensor,
-    items: Tensor,
-    teacher_log_probs: Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Soft targets of which the teacher's top K are kept: T^2 * KL over those K classes and one lump of all others.
-
-    By the data-processing inequality never more than soft_targets, and equal to it where K = C.
-
-    Shapes: student logits [B, C]; items int64 [B, K], the classes kept, distinct in a row; teacher_log_probs [B, K],
-    the teacher's log-probabilities of them over all C classes, at the same temperature; mask bool [B] or [B, K] (a
-    class that is not valid belongs to the lump). Zero where the student gives the kept classes these probabilities.
-
-    Raises:
-        ValueError: shapes do not fit, temperature <= 0, or an unknown reduction.
-
-    Reference: Hinton et al., 2015.
-    """
-    check_float("student", student, 2)
-    check_float("teacher_log_probs", teacher_log_probs, 2)
-    check_positive("temperature", temperature)
-    if items.dtype != torch.int64:
-        raise ValueError(f"items: wanted int64 class indices, got {items.dtype}")
-    classes = student.shape[1]
-    if items.dim() != 2 or items.shape[0] != student.shape[0] or items.shape[1] > classes:
-        wanted = f"({student.shape[0]}, K <= {classes})"
-        raise ValueError(f"items: wanted shape {wanted}, got {tuple(items.shape)}")
-    check_shape("teacher_log_probs", teacher_log_probs, tuple(items.shape))
-    rows, elements = element_mask(mask, tuple(items.shape))
-    log_q = torch.log_softmax(hide(in_full_precision(student), rows) / temperature, 1)
-    log_p = teacher_like(teacher_log_probs, log_q)
-    valid_items = torch.ones_like(items, dtype=torch.bool) if elements is None else elements
-    log_p = log_p.masked_fill(~valid_items, -torch.inf)
-    items = items.masked_fill(~valid_items, 0)
-    kept_q = log_q.gather(1, items).masked_fill(~valid_items, -torch.inf)
-    lump_q = _rest(kept_q, log_q, items, valid_items)
-    lump_p = (-torch.expm1(torch.logsumexp(log_p, 1, keepdim=True))).clamp(min=0).log()
-    everything_kept = valid_items.sum(1, keepdim=True) == classes
-    lump_p = lump_p.masked_fill(everything_kept, -torch.inf)  # rounding must not leave mass in no class
-    losses = _kl(torch.cat([log_p, lump_p], 1), torch.cat([kept_q, lump_q], 1))
-    return reduce_rows(losses * temperature**2, rows, reduction)
-
-
-# Below this the lump, as 1 - the kept, has lost digits (float32 keeps 5 of them here) and is summed up instead.
-_SMALL_LUMP = 1e-2
-
-
-def _rest(kept: Tensor, log_probs: Tensor, items: Tensor, valid: Tensor) -> Tensor:
-    """Return the log-probability [B, 1] of all classes but those kept (log-probabilities [B, K], -inf if not valid).
-
-    1 - the kept needs no pass over all classes; only rows where it would lose digits are summed up.
-    """
-    mass = torch.logsumexp(kept, 1, keepdim=True)
-    few = (mass.detach().exp() > 1 - _SMALL_LUMP)[:, 0]
-    rest = torch.log1p(-torch.exp(mass.masked_fill(few[:, None], -1.0)))
-    if not bool(few.any()):
-        return rest
-    part, classes = log_probs[few], log_probs.shape[1]
-    column = items[few].masked_fill(~valid[few], classes)  # one column more than there are classes, cut off below
-    out = part.new_zeros((len(part), classes + 1), dtype=torch.bool).scatter_(1, column, True)[:, :classes]
-    summed = torch.logsumexp(part.masked_fill(out, -torch.inf), 1, keepdim=True)
-    return rest.index_put((few.nonzero()[:, 0],), summed)
 
 
 @register(
@@ -366,6 +274,56 @@ def decoupled(
     student = hide(in_full_precision(student), valid)
     teacher = hide(teacher_like(teacher, student), valid)
     losses = DecoupledDivergence.apply(student, teacher, labels, alpha, beta, temperature)
+    return reduce_rows(losses, valid, reduction)
+
+
+@register(
+    "normalised",
+    "response",
+    "Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach, ICCV 2023",
+    examples=_pair_with_labels,
+    laws=("nonnegative", "student_shift", "teacher_shift"),
+    variants=({}, {"gamma": 0.5, "temperature": 3.0}),
+)
+def normalised(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Normalised soft targets: -p_t * log q_t - gamma * T^2 * sum over the other classes of p'_i * log q'_i.
+
+    p_t and q_t are teacher's and student's probability of the target at temperature 1, p' and q' the softmax at T
+    over the other classes, which sum to 1 on both sides: so they can become equal, as they cannot where the target's
+    probabilities differ. Added to the cross-entropy of the labels.
+
+    Shapes: student and teacher logits [B, C], C >= 2; labels int64 [B]; mask bool [B]. Where student equals teacher
+    it is not zero, but its second part is at its least, the entropy of p'. Defaults gamma 1.5 and T 1 as in the
+    authors' code for ImageNet.
+
+    Raises:
+        ValueError: shapes differ, C < 2, temperature <= 0, gamma < 0, or an unknown reduction.
+
+    Reference: Yang et al., 2023.
+    """
+    check_pair(student, teacher, 2)
+    check_positive("temperature", temperature)
+    check_labels(labels, *student.shape)
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma: wanted a finite number >= 0, got {gamma}")
+    valid = row_mask(mask, student.shape[0])
+    column = (labels if valid is None else labels.masked_fill(~valid, 0))[:, None]
+    student = hide(in_full_precision(student), valid)
+    teacher = hide(teacher_like(teacher, student), valid)
+    log_q = torch.log_softmax(student, 1).gather(1, column)[:, 0]
+    target = torch.softmax(teacher, 1).gather(1, column)[:, 0] * log_q
+    others_q = torch.log_softmax((student / temperature).scatter(1, column, -torch.inf), 1).scatter(1, column, 0.0)
+    others_p = torch.softmax((teacher / temperature).scatter(1, column, -torch.inf), 1)
+    losses = -target - gamma * temperature**2 * (others_p * others_q).sum(1)
     return reduce_rows(losses, valid, reduction)
 
 

@@ -12,7 +12,7 @@ from apps.recsys.knowledge.base import Knowledge, Score
 from apps.recsys.models.base import Encoded
 from apps.recsys.models.kernels import LinearScore, linear_sparse_soft_targets
 from apps.recsys.models.options import above_zero, at_least
-from kdcore.losses import response
+from kdcore.losses import response, sparse
 from kdcore.trainer import Batch
 
 
@@ -86,4 +86,4 @@ class SparseSoftTargets(Knowledge):
         items, log_probs, temperature = batch["items"], batch["log_probs"], self.options.temperature
         if isinstance(score, LinearScore):  # the same loss, without ever holding the scores of all items
             return linear_sparse_soft_targets(score.hidden, score.weight, items, log_probs, temperature)
-        return response.sparse_soft_targets(score(queries), items, log_probs, temperature=temperature, reduction="sum")
+        return sparse.sparse_soft_targets(score(queries), items, log_probs, temperature=temperature, reduction="sum")

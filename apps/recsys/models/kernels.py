@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdcore.losses import response
+from kdcore.losses import sparse
 
 # logits of a chunk of rows: small enough to stay in a core's cache between the passes over them
 _CHUNK_BYTES = 1 << 21
@@ -58,7 +58,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 def linear_sparse_soft_targets(
     hidden: Tensor, weight: Tensor, items: Tensor, teacher_log_probs: Tensor, temperature: float
 ) -> Tensor:
-    """Return the sum over rows of :func:`kdcore.losses.response.sparse_soft_targets` at logits ``hidden @ weight.T``.
+    """Return the sum over rows of :func:`kdcore.losses.sparse.sparse_soft_targets` at logits ``hidden @ weight.T``.
 
     Shapes as in :func:`linear_cross_entropy`; ``items`` int64 [N, K] distinct in a row, ``teacher_log_probs`` float32
     [N, K]. Computed chunk by chunk as there, with the gradient in closed form: q - p for the classes kept, and
@@ -66,7 +66,7 @@ def linear_sparse_soft_targets(
     """
     if _plain(hidden, weight):
         logits = hidden @ weight.T
-        return response.sparse_soft_targets(logits, items, teacher_log_probs, temperature=temperature, reduction="sum")
+        return sparse.sparse_soft_targets(logits, items, teacher_log_probs, temperature=temperature, reduction="sum")
     return _LinearSparseSoftTargets.apply(hidden, weight, items, teacher_log_probs, temperature)
 
 

@@ -19,6 +19,7 @@ from kdcore.losses import (
     decoupled,
     label_smoothing,
     logit_mse,
+    normalised,
     regression,
     soft_targets,
     sparse_soft_targets,
@@ -167,6 +168,24 @@ def test_sparse_soft_targets_of_all_classes_in_float32_leave_no_mass_over() -> N
     assert student.grad.isfinite().all()
 
 
+@given(seed=seeds, temperature=st.floats(0.3, 5))
+@law
+def test_renormalised_sparse_soft_targets_are_dense_ones_over_the_kept(seed: int, temperature: float) -> None:
+    student, teacher = pair(seed=seed)
+    items, log_probs = kept(teacher, 4, temperature)
+    options = {"temperature": temperature, "reduction": "none"}
+    want = soft_targets(student.gather(1, items), teacher.gather(1, items), **options)
+    got = sparse_soft_targets(student, items, log_probs, rest="renormalise", **options)
+    torch.testing.assert_close(got, want)
+    mask = torch.arange(4) < torch.tensor([[3]] * 6 + [[0]])
+    padded = items.masked_fill(~mask, -1), log_probs.masked_fill(~mask, torch.nan)
+    got = sparse_soft_targets(student, *padded, rest="renormalise", mask=mask, **options)
+    want = sparse_soft_targets(student, items[:, :3], log_probs[:, :3], rest="renormalise", **options)
+    torch.testing.assert_close(got, want * mask[:, 0])
+    (gradient,) = torch.autograd.grad(got.sum(), student)
+    assert gradient.isfinite().all() and torch.equal(gradient[6], torch.zeros(9).double())
+
+
 def test_mse_and_huber_equal_torch() -> None:
     student, teacher = pair()
     torch.testing.assert_close(logit_mse(student, teacher), F.mse_loss(student, teacher))
@@ -216,6 +235,34 @@ def test_decoupled_still_teaches_when_the_teacher_is_certain() -> None:
     assert student.grad.isfinite().all() and student.grad[0, 1:].abs().min() > 0.1
 
 
+@given(seed=seeds, temperature=st.floats(0.5, 5))
+@law
+def test_the_second_part_of_normalised_is_that_of_decoupled(seed: int, temperature: float) -> None:
+    # Both normalise over the other classes: the cross-entropy here is the divergence there and the teacher's entropy.
+    student, teacher = pair(seed=seed)
+    labels = torch.randint(9, (7,), generator=torch.Generator().manual_seed(seed))
+    options = {"temperature": temperature, "reduction": "none"}
+    first = normalised(student, teacher, labels, gamma=0.0, **options)
+    second = normalised(student, teacher, labels, gamma=1.0, **options) - first
+    others = decoupled(student, teacher, labels, alpha=0.0, beta=1.0, **options)
+    (got,) = torch.autograd.grad(second.sum(), student, retain_graph=True)
+    (want,) = torch.autograd.grad(others.sum(), student)
+    torch.testing.assert_close(got, want)
+    assert (second >= others).all()
+    sure = torch.full_like(teacher, -1e4).scatter(1, labels[:, None], 0.0)
+    torch.testing.assert_close(
+        normalised(student, sure, labels, gamma=0.0), F.cross_entropy(student, labels), msg="a teacher that is sure"
+    )
+
+
+def test_normalised_with_two_classes_and_a_certain_teacher() -> None:
+    student = torch.tensor([[1.0, -2.0]], requires_grad=True)
+    value = normalised(student, torch.tensor([[500.0, -500.0]]), torch.tensor([0]), temperature=2.0)
+    value.backward()
+    torch.testing.assert_close(value, F.cross_entropy(student, torch.tensor([0])))
+    assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_label_smoothing_equals_torch(smoothing: float) -> None:
     student, _ = pair()
@@ -241,6 +288,11 @@ def test_out_of_range_options_are_named() -> None:
         (r"delta: wanted a finite number > 0, got -1", lambda: regression(student, teacher, delta=-1)),
         (r"alpha: wanted a finite number >= 0, got -1", lambda: decoupled(student, teacher, labels, alpha=-1)),
         (r"beta: .*got nan", lambda: decoupled(student, teacher, labels, beta=math.nan)),
+        (r"gamma: wanted a finite number >= 0, got -1", lambda: normalised(student, teacher, labels, gamma=-1)),
+        (
+            r"rest: wanted one of lump, renormalise, got 'drop'",
+            lambda: sparse_soft_targets(student, *kept(teacher, 3), rest="drop"),
+        ),
         (r"labels: wanted int64", lambda: decoupled(student, teacher, labels.int())),
         (r"at least 2 classes, got 1", lambda: decoupled(student[:, :1], teacher[:, :1], labels)),
         (r"smoothing: wanted a number in 0..1, got 1.5", lambda: label_smoothing(student, labels, smoothing=1.5)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.recsys.models.kernels import LinearScore, linear_sparse_soft_targets
-from kdcore.losses.response import sparse_soft_targets
+from kdcore.losses.sparse import sparse_soft_targets
 
 
 def _case(rows: int, classes: int, kept: int, scale: float) -> tuple[torch.Tensor, ...]:

@@ -22,9 +22,13 @@ def ref_soft_targets(
     return temperature**2 * value
 
 
-def ref_sparse(student: list[float], items: list[int], log_probs: list[float], temperature: float = 1.0) -> float:
+def ref_sparse(
+    student: list[float], items: list[int], log_probs: list[float], temperature: float = 1.0, rest: str = "lump"
+) -> float:
     q, p = softmax(student, temperature), [math.exp(x) for x in log_probs]
     kept = [q[i] for i in items]
+    if rest == "renormalise":
+        return temperature**2 * kl([x / math.fsum(p) for x in p], [x / math.fsum(kept) for x in kept])
     lump = math.fsum(x for i, x in enumerate(q) if i not in items)
     return temperature**2 * kl([*p, 1 - math.fsum(p)], [*kept, lump])
 
@@ -54,6 +58,15 @@ def ref_decoupled(
     return temperature**2 * (alpha * target + beta * rest)
 
 
+def ref_normalised(
+    student: list[float], teacher: list[float], label: int, gamma: float = 1.5, temperature: float = 1.0
+) -> float:
+    target = softmax(teacher)[label] * math.log(softmax(student)[label])
+    others = [i for i in range(len(student)) if i != label]
+    p, q = (softmax([logits[i] for i in others], temperature) for logits in (teacher, student))
+    return -target - gamma * temperature**2 * math.fsum(a * math.log(b) for a, b in zip(p, q, strict=True))
+
+
 def ref_label_smoothing(student: list[float], label: int, smoothing: float = 0.1) -> float:
     q = softmax(student)
     target = [smoothing / len(q) + (1 - smoothing) * (i == label) for i in range(len(q))]
@@ -67,6 +80,7 @@ REFERENCES: dict[str, Callable[..., float]] = {
     "regression": ref_regression,
     "binary_soft_targets": ref_binary,
     "decoupled": ref_decoupled,
+    "normalised": ref_normalised,
     "label_smoothing": ref_label_smoothing,
     "confidence_penalty": lambda s: math.log(len(s)) + math.fsum(p * math.log(p) for p in softmax(s)),
 }

@@ -1,0 +1,1 @@
+"""Benchmarks of the core: losses and the teacher cache, beside the libraries people use now."""
