@@ -26,15 +26,18 @@ bench: $(STAMP)
 	$(BIN)/kd recsys bench teachers --json benchmarks/results/recsys_teachers.json
 	$(BIN)/kd recsys bench serve --json benchmarks/results/recsys_serve.json
 	$(BIN)/kd recsys bench evaluate --json benchmarks/results/recsys_evaluate.json
+	$(BIN)/kd bench losses --json benchmarks/results/losses.json
+	$(BIN)/python benchmarks/knowledge_forms.py --json benchmarks/results/knowledge_forms.json
 	$(BIN)/python -m benchmarks.readme
 
 install: $(STAMP)
 
-# torchrec asks for a CUDA build of fbgemm; the CPU build is there already, so its dependencies are left alone
+# torchrec asks for a CUDA build of fbgemm, torchdistill (for tests, and kd bench losses) for one of torch: what they
+# need is there already, so their dependencies are left alone
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec torchdistill
 	touch $@
 
 clean:

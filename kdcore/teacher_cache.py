@@ -2,7 +2,8 @@
 
 An entry is keyed by what determines it (data, teacher, kind, K): another teacher or other data is another entry,
 never a stale one. Two writers of one entry wait for each other; a killed writer leaves its finished blocks behind
-and the next one goes on from there. Space on the disk is claimed before anything is computed.
+and the next one goes on from there. Space on the disk is claimed before anything is computed. An entry that is damaged,
+or is not what its name says, is refused, and made again only where that is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcore.config import UserError
 from kdcore.run import fingerprint, read_json, write_json
 
 # computes the outputs of rows [start, stop): one array per field, first axis stop - start
@@ -41,10 +43,11 @@ class CacheEntry:
 
 
 class TeacherCache:
-    """A folder of cache entries."""
+    """A folder of cache entries; ``rebuild`` makes broken ones again instead of refusing them."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, rebuild: bool = False) -> None:
         self.folder = Path(folder)
+        self.rebuild = rebuild
 
     def get_or_compute(
         self,
@@ -72,6 +75,7 @@ class TeacherCache:
         Raises:
             ValueError: ``compute`` returned a field of the wrong name, shape or kind of number, NaN, or a whole number
                 that the field's dtype does not hold. Infinities are kept: they mark what is no answer.
+            UserError: the entry there is damaged or foreign; the text says where and why.
             OSError: the disk has no room for the entry.
         """
         if n_rows < 0 or block_rows < 1:
@@ -88,22 +92,34 @@ class TeacherCache:
         }
         key = fingerprint(description)
         final = self.folder / key
-        entry = _open(final, description)
+        entry = self._open(final, description)
         if entry is not None:
             return entry
         with _lock(self.folder / f".{key}.lock"):
-            entry = _open(final, description)
+            entry = self._open(final, description)
             if entry is None:
                 partial = self.folder / f".{key}.partial"
                 arrays = _allocate(partial, fields, n_rows)
                 _fill(partial, arrays, fields, n_rows, compute, block_rows, progress)
                 write_json(partial / "entry.json", description)
-                shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been opened
+                shutil.rmtree(final, ignore_errors=True)  # broken, or it would have been opened
                 os.replace(partial, final)
-                entry = _open(final, description)
-        if entry is None:
-            raise OSError(f"{final}: cannot be read back after it was written")
+                entry = CacheEntry(final, _arrays(final, description))
         return entry
+
+    def _open(self, folder: Path, description: dict[str, Any]) -> CacheEntry | None:
+        """Return the entry in ``folder``; None if there is none, or a broken one that is to be made again."""
+        if not folder.exists():
+            return None
+        try:
+            return CacheEntry(folder, _arrays(folder, description))
+        except (ValueError, OSError, EOFError) as error:
+            if self.rebuild:
+                return None
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{folder}: not a teacher's outputs as asked for ({reason}); delete it to have them made again"
+            ) from None
 
 
 @contextmanager
@@ -169,8 +185,8 @@ def _check(name: str, values: np.ndarray, target: np.ndarray) -> None:
         raise ValueError(f"compute: {name!r} has shape {values.shape}, wanted {target.shape}")
     if not np.can_cast(values.dtype, target.dtype, "same_kind"):
         raise ValueError(f"compute: {name!r} has dtype {values.dtype}, wanted {target.dtype}")
-    if np.issubdtype(values.dtype, np.floating) and np.isnan(values).any():
-        raise ValueError(f"compute: {name!r} has NaN")
+    if np.issubdtype(values.dtype, np.floating) and (missing := int(np.isnan(values).sum())):
+        raise ValueError(f"compute: {missing} of {values.size} values of {name!r} are NaN")
     if np.issubdtype(target.dtype, np.integer) and values.size:
         limits = np.iinfo(target.dtype)
         if values.min() < limits.min or values.max() > limits.max:
@@ -186,17 +202,18 @@ def _matches(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
     return array.dtype == dtype and array.shape == shape
 
 
-def _open(folder: Path, description: dict[str, Any]) -> CacheEntry | None:
-    """Return the entry in ``folder``, None if there is none or it is damaged."""
-    try:
-        if read_json(folder / "entry.json") != description:
-            return None
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in description["fields"]
-        }
-    except (ValueError, OSError, EOFError):
-        return None
+def _arrays(folder: Path, description: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the arrays of an entry; raise ValueError, OSError or EOFError if it is not whole or another's."""
+    if read_json(folder / "entry.json") != description:
+        raise ValueError("entry.json describes another entry")
+    arrays = {}
     for name, (dtype, shape) in description["fields"].items():
-        if arrays[name].dtype.str != dtype or arrays[name].shape != (description["n_rows"], *shape):
-            return None
-    return CacheEntry(folder, arrays)
+        try:
+            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{name}.npy: {error}") from None
+        got = arrays[name]
+        if got.dtype.str != dtype or got.shape != (description["n_rows"], *shape):
+            wanted = (description["n_rows"], *shape)
+            raise ValueError(f"{name}.npy: wanted {dtype} {wanted}, got {got.dtype.str} {got.shape}")
+    return arrays

@@ -202,6 +202,7 @@ class Trainer:
     ``folder`` takes ``last.safetensors`` (everything needed to go on), ``best.safetensors`` (the student's best
     weights), ``log.jsonl`` (one line an epoch, with ``context`` in each) and TensorBoard's files. ``key`` names the
     data, configuration and seed: a checkpoint of another key is never continued, it is thrown away with a notice.
+    ``quiet`` shows no progress.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class Trainer:
         context: Mapping[str, Any] | None = None,
         fabric: Fabric | None = None,
         description: str = "training",
+        quiet: bool = False,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -222,6 +224,7 @@ class Trainer:
         self.log = EventLog(self.folder / "log.jsonl", context) if self.folder is not None else None
         self.fabric = fabric if fabric is not None else make_fabric(config)
         self.description = description
+        self.quiet = quiet
 
     def fit(self, step: TeachingStep) -> FitResult:
         """Train until the epochs or the patience run out; leave the best weights in ``step.student``.
@@ -255,7 +258,7 @@ class Trainer:
             self.config.max_epochs,
             batches,
             start=progress.epoch * batches + progress.batch,
-            enabled=self.fabric.is_global_zero,
+            enabled=self.fabric.is_global_zero and not self.quiet,
         ) as bar:
             while not progress.done:
                 self._epoch(training, bar)

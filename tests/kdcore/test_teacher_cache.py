@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcore.config import UserError
 from kdcore.teacher_cache import CacheEntry, TeacherCache
 
 ROOT = Path(__file__).parents[2]
@@ -66,9 +67,9 @@ def answers(start: int, stop: int, salt: int = 0) -> dict[str, np.ndarray]:
     return {"items": rows.astype(np.int32), "scores": np.where(rows % 7 == 0, -np.inf, rows / 8).astype(np.float32)}
 
 
-def get(folder: Path, n_rows: int = 25, **options: Any) -> CacheEntry:
+def get(folder: Path, n_rows: int = 25, rebuild: bool = False, **options: Any) -> CacheEntry:
     base = {"data": "d", "teacher": "t", "kind": "k", "fields": FIELDS, "compute": answers, "block_rows": 10}
-    return TeacherCache(folder).get_or_compute(n_rows=n_rows, **{**base, **options})
+    return TeacherCache(folder, rebuild=rebuild).get_or_compute(n_rows=n_rows, **{**base, **options})
 
 
 def never(start: int, stop: int) -> dict[str, np.ndarray]:
@@ -207,10 +208,10 @@ def test_progress_counts_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["entry.json", "items.npy", "scores.npy"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "other"])
-def test_a_damaged_entry_is_computed_again(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_entry_is_refused_and_made_again_on_request(tmp_path: Path, name: str, damage: str) -> None:
     file = get(tmp_path).folder / name
     if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
+        file.write_bytes(file.read_bytes()[:-2])
     elif damage == "empty":
         file.write_bytes(b"")
     elif damage == "gone":
@@ -219,7 +220,14 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path, name: str, damage: st
         file.write_text("{}")
     else:
         np.save(file, np.zeros((25, 2), np.float32))
-    check(get(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}.*not a teacher's outputs as asked for \(.+\); delete it"
+    ) as error:
+        get(tmp_path, compute=never)
+    if damage != "gone" and name != "entry.json":
+        assert name in str(error.value)
+    check(get(tmp_path, rebuild=True))
+    check(get(tmp_path, compute=never))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +238,10 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path, name: str, damage: st
             {"items": np.zeros((10, 3), np.int32), "scores": np.zeros((9, 3), np.float32)},
             r"'scores' has shape \(9, 3\)",
         ),
-        ({"items": np.zeros((10, 3), np.int32), "scores": np.full((10, 3), np.nan)}, "'scores' has NaN"),
+        (
+            {"items": np.zeros((10, 3), np.int32), "scores": np.full((10, 3), np.nan)},
+            "30 of 30 values of 'scores' are NaN",
+        ),
         ({"items": np.zeros((10, 3), np.float32), "scores": np.zeros((10, 3))}, "'items' has dtype float32"),
         ({"items": np.full((10, 3), 1 << 31), "scores": np.zeros((10, 3))}, "'items' has values beyond int32"),
     ],
