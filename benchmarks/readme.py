@@ -137,6 +137,37 @@ def serve(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def losses(result: dict[str, Any]) -> str:
+    """Return the table of the core's losses beside other libraries, and the sentences on memory and the cache."""
+    rows, sizes = result["speed"]["rows"], result["speed"]["sizes"]
+    peers = sorted({name for row in rows for name in row["ms"]} - {"kdsuite"})
+    lines = [f"| loss | kdsuite, ms | {' | '.join(f'{peer}, ms' for peer in peers)} | share of the fastest | target |"]
+    lines.append("|" + "---|" * (len(peers) + 4))
+    for row in rows:
+        times = [f"{row['ms'][name]:.2f}" if name in row["ms"] else "-" for name in ("kdsuite", *peers)]
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        met = ratio if row["ratio"] is None or row["ratio"] <= row["target"] else f"**{ratio}**"
+        lines.append(f"| {row['loss']} | {' | '.join(times)} | {met} | {row['target']} |")
+    cache, top = result["full_cache"], result["top_cache"]
+    lines += [
+        "",
+        f"Forward and backward, batch {sizes['batch']}, {sizes['classes']:,} classes, {sizes['features']} features, "
+        f"one thread, median of {sizes['repeats']}; a share above its target is bold. Distances and angles take "
+        f"{result['relations']['extra_bytes'] / 1e6:.0f} MB beside their inputs; importing the losses adds "
+        f"{result['imports']['milliseconds']:.0f} ms to importing torch.",
+    ]
+    if "seconds" in cache:
+        lines[-1] += (
+            f" The teacher cache reads 2,000 x 1,000 scores {cache['pickle_seconds'] / cache['seconds']:.0f} times "
+            f"as fast as one pickle a sample, in {cache['bytes'] / cache['pickle_bytes']:.0%} of the bytes;"
+        )
+    lines[-1] += (
+        f" 1,000,000 x 100 top lists are written and read in {top['above_start_bytes'] / 1e6:.0f} MB above the start. "
+        "`kd bench losses --json benchmarks/results/losses.json`"
+    )
+    return "\n".join(lines)
+
+
 def _mean(values: dict[str, Any]) -> str:
     return f"{values['mean']:.4f}" + (f" ± {values['sd']:.4f}" if values["sd"] else "")
 
@@ -146,6 +177,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recsys_beauty": beauty,
     "recsys_train": train,
     "recsys_teachers": teachers,
+    "losses": losses,
     "recsys_evaluate": evaluate,
     "recsys_serve": serve,
 }
