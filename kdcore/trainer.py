@@ -263,8 +263,9 @@ class Trainer:
             while not progress.done:
                 self._epoch(training, bar)
                 self._finish_epoch(training, bar)
-                # clocks differ, but every process must take part in a checkpoint, or none
-                if processes.agree(progress.done or self._due(training)):
+                due = progress.done or self._due(training)
+                # clocks differ, but every process that trains with this one must take part in a checkpoint, or none
+                if due if self.fabric.world_size == 1 else processes.agree(due):
                     self._save(training)
         if training.writer is not None:
             training.writer.close()

@@ -215,28 +215,6 @@ def _feature_forms() -> dict[str, Form]:
         loss = partial(losses.weighted_channels, weights=channel_importance(study))
         return [_term("weighted_channels", Projected(loss, {"student": second}, 1), "student.block2")]
 
-    def hidden(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor:
-        return losses.hidden_states(student[:, None], teacher[:, None], reduction=reduction)  # type: ignore[arg-type]
-
-    def attended(student: Tensor, teacher: Tensor, first: Tensor, taught: Tensor, *, reduction: str) -> Tensor:
-        own, theirs = torch.stack([_pooled(first), student], 1), torch.stack([_pooled(taught), teacher], 1)
-        return losses.attended_layers(own, theirs, reduction=reduction)  # type: ignore[arg-type]
-
-    class Mapped(nn.Module):
-        """A learned mapping of the student's places to two layers of the teacher."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.loss = losses.LayerMapping(1, 2, *second)
-
-        def forward(self, student: Tensor, teacher: Tensor, below: Tensor, *, reduction: str) -> Tensor:
-            """Return the loss of the mapped layers."""
-            layers = torch.stack([below.flatten(2).transpose(1, 2), teacher], 1)
-            value: Tensor = self.loss(student[:, None], layers, reduction=reduction)
-            return value
-
-    pair = Projected(attended, {"student": width, "first": second}, -1)
-    inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
     return {
         "hint": _projected("hint", "embedding", width, -1),
         "regressed_hint": _layer("regressed_hint", "block2", lambda: losses.Hint(*second)),
@@ -249,24 +227,48 @@ def _feature_forms() -> dict[str, Form]:
         ),
         "weighted_channels": Form(weighted, needs=["teacher.block2"], taps=["block2"]),
         "activation_boundary": _projected("activation_boundary", "block2", second, 1),
+    }
+
+
+class MappedPlaces(nn.Module):
+    """A learned mapping of the student's places to two layers of the teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = losses.LayerMapping(1, 2, STUDENT[1], TEACHER[1])
+
+    def forward(self, student: Tensor, teacher: Tensor, below: Tensor, *, reduction: str) -> Tensor:
+        """Return the loss of the mapped layers."""
+        layers = torch.stack([below.flatten(2).transpose(1, 2), teacher], 1)
+        value: Tensor = self.loss(student[:, None], layers, reduction=reduction)
+        return value
+
+
+def _transformer_forms() -> dict[str, Form]:
+    second, width = (STUDENT[1], TEACHER[1]), (STUDENT[2], TEACHER[2])
+
+    def hidden(student: Tensor, teacher: Tensor, *, reduction: str) -> Tensor:
+        return losses.hidden_states(student[:, None], teacher[:, None], reduction=reduction)  # type: ignore[arg-type]
+
+    def attended(student: Tensor, teacher: Tensor, first: Tensor, taught: Tensor, *, reduction: str) -> Tensor:
+        own, theirs = torch.stack([_pooled(first), student], 1), torch.stack([_pooled(taught), teacher], 1)
+        return losses.attended_layers(own, theirs, reduction=reduction)  # type: ignore[arg-type]
+
+    def two_layers(study: Study) -> Sequence[Term]:
+        loss = Projected(attended, {"student": width, "first": second}, -1)
+        inputs = {"student": "student.embedding", "teacher": "teacher.embedding"}
+        return [Term("attended_layers", loss, {**inputs, "first": "student.places", "taught": "teacher.places"})]
+
+    mapped = {"student": "student.places", "teacher": "teacher.places", "below": "teacher.block2"}
+    return {
         "attention_matrices": _layer("attention_matrices", "attention"),
         "value_relations": _layer("value_relations", "values", heads=HEADS),
         "hidden_states": _layer("hidden_states", "places", lambda: Projected(hidden, {"student": second}, -1)),
         "attended_layers": Form(
-            lambda s: [
-                Term("attended_layers", pair, {**inputs, "first": "student.places", "taught": "teacher.places"})
-            ],
-            needs=["teacher.embedding", "teacher.places"],
-            taps=["embedding", "places"],
+            two_layers, needs=["teacher.embedding", "teacher.places"], taps=["embedding", "places"]
         ),
         "layer_mapping": Form(
-            lambda s: [
-                Term(
-                    "layer_mapping",
-                    Mapped(),
-                    {"student": "student.places", "teacher": "teacher.places", "below": "teacher.block2"},
-                )
-            ],
+            lambda study: [Term("layer_mapping", MappedPlaces(), mapped)],
             needs=["teacher.places", "teacher.block2"],
             taps=["places"],
         ),
@@ -309,7 +311,10 @@ def _relation_forms() -> dict[str, Form]:
         return [Term("adversarial_alignment", module), Term("discriminator", module.discriminator_loss)]
 
     contrast = {"student": "student.embedding", "teacher": "teacher.embedding"}
-    projected = Projected(losses.contrastive_in_batch, {"student": (STUDENT[2], TEACHER[2])}, -1)
+
+    def projected() -> nn.Module:
+        return Projected(losses.contrastive_in_batch, {"student": (STUDENT[2], TEACHER[2])}, -1)
+
     return {
         **{name: _layer(name, "embedding") for name in embedding},
         "flow_of_solution": _two_layers(
@@ -326,7 +331,7 @@ def _relation_forms() -> dict[str, Form]:
         ),
         "instance_graph": _two_layers("instance_graph", "places", "embedding", lambda: Graph(graph, widths, -1)),
         "pixel_pairs": _layer("pixel_pairs", "block1"),
-        "contrastive_in_batch": _layer("contrastive_in_batch", "embedding", lambda: projected),
+        "contrastive_in_batch": _layer("contrastive_in_batch", "embedding", projected),
         "contrastive_representation": Form(
             lambda s: [Term("contrastive_representation", Contrast(len(s.split.train["labels"])), contrast)],
             needs=["teacher.embedding"],
@@ -380,6 +385,7 @@ def forms() -> dict[str, Form]:
     found = {
         **_response_forms(),
         **_feature_forms(),
+        **_transformer_forms(),
         **_relation_forms(),
         **_ranking_forms(),
         **_sequence_forms(),

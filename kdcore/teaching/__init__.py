@@ -18,7 +18,7 @@ from kdcore.teaching.generations import Residual, Stage, assistant_chain, born_a
 from kdcore.teaching.lifelong import Heads, WithoutForgettingStep, choose_exemplars
 from kdcore.teaching.mutual import DiversePeersStep, MutualLearningStep, Peers
 from kdcore.teaching.pruning import CrossDistillationStep, finish_pruning, prune_channels, remaining_parameters
-from kdcore.teaching.quantised import convert_quantised, prepare_quantised, stored_bytes
+from kdcore.teaching.quantised import ExportedStudent, convert_quantised, prepare_quantised, stored_bytes
 from kdcore.teaching.registry import TeachingEntry, teaching, teaching_entries, teaching_entry
 from kdcore.teaching.robust import AdversariallyRobustStep, DefensiveStep, Tempered, attack
 from kdcore.teaching.schedules import Schedule, switched_on, warm_up
@@ -48,6 +48,7 @@ __all__ = [
     "DiversePeersStep",
     "EarlyAnswer",
     "ExitNetwork",
+    "ExportedStudent",
     "FederatedResult",
     "Heads",
     "Learning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,10 +19,11 @@ def union_of(class_sets: Sequence[Sequence[int]]) -> int:
     """Return the number of classes of the union.
 
     Raises:
-        ValueError: a set is empty or names a class twice, or the union is not 0..n-1.
+        ValueError: a set of fewer than 2 classes (its teacher would be sure of every row) or with one twice, or the
+            union is not 0..n-1.
     """
-    if not class_sets or any(not each or len(set(each)) != len(each) for each in class_sets):
-        raise ValueError(f"classes: wanted a set of distinct classes a teacher, got {class_sets}")
+    if not class_sets or any(len(each) < 2 or len(set(each)) != len(each) for each in class_sets):
+        raise ValueError(f"classes: wanted 2 or more distinct classes a teacher, got {class_sets}")
     union = sorted({each for classes in class_sets for each in classes})
     if union != list(range(len(union))):
         raise ValueError(f"classes: wanted every class of 0..{len(union) - 1} with some teacher, got {union}")
@@ -36,12 +38,14 @@ def most_confident(logits: Sequence[Tensor], class_sets: Sequence[Sequence[int]]
 
     Reference: Luo et al., Knowledge Amalgamation from Heterogeneous Networks, IJCAI 2019 (selective learning).
     """
+    if len(logits) != len(class_sets) or not logits:
+        raise ValueError(f"logits: wanted one set of classes a teacher, got {len(class_sets)} for {len(logits)}")
     entropies = []
     for own, classes in zip(logits, class_sets, strict=True):
         if own.shape[1] != len(classes):
             raise ValueError(f"logits: wanted {len(classes)} classes, got {own.shape[1]}")
-        log_p = torch.log_softmax(own.detach().float(), 1)
-        entropies.append(-(log_p.exp() * log_p).sum(1) / torch.tensor(max(len(classes), 2)).log())
+        entropy = torch.special.entr(torch.softmax(own.detach().float(), 1)).sum(1)
+        entropies.append(entropy / math.log(max(len(classes), 2)))
     stacked = torch.stack(entropies)
     return stacked.argmin(0), stacked
 

@@ -31,9 +31,10 @@ class CodistillationStep(DistillationStep):
     """Teach a replica by what its peers were some epochs ago.
 
     Every process runs its own trainer (``solo_fabric``) on its own rows. Every ``exchange_every`` epochs it writes its
-    weights to ``folder`` and reads the newest of each peer: no barrier, no gradients exchanged, a peer that is slow or
-    dead is only more stale. The stale copies are part of the checkpoint. The teacher is
-    the mean of the peers' tempered answers; until one has been read the term is 0.
+    weights to ``folder``, which is this run's alone, and reads the newest of each peer: no barrier, no gradients
+    exchanged, a peer that is slow or dead is only more stale (torchrun itself ends all if one fails). The stale copies
+    are part of the checkpoint. The teacher is the mean of the peers' tempered answers; until one has been read the term
+    is 0.
     """
 
     known: Tensor
@@ -76,22 +77,26 @@ class CodistillationStep(DistillationStep):
         super().begin_epoch(epoch, generator)
         if epoch % self.exchange_every == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            state = {name: value.detach().cpu().contiguous() for name, value in self.student.state_dict().items()}
+            # copies: safetensors refuses weights that are tied
+            state = {
+                name: value.detach().to("cpu", copy=True).contiguous()
+                for name, value in self.student.state_dict().items()
+            }
             with atomic_path(self._file(self.rank)) as temporary:
                 temporary.write_bytes(save(state))
             for place, peer in enumerate(self.others):
                 if self._file(peer).exists():
-                    self.stale[place].load_state_dict(self._read(peer))
-                    self.known[place] = True
+                    self._read(place, peer)
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"peer-{rank}.safetensors"
 
-    def _read(self, peer: int) -> dict[str, Tensor]:
+    def _read(self, place: int, peer: int) -> None:
         try:
-            return load_file(self._file(peer))
-        except SafetensorError as error:
-            raise ValueError(f"{self._file(peer)}: not a peer's weights ({error})") from None
+            self.stale[place].load_state_dict(load_file(self._file(peer)))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{self._file(peer)}: not a peer's weights ({' '.join(str(error).split())})") from None
+        self.known[place] = True
 
     def values(self, batch: Batch) -> dict[str, Tensor]:
         """Return the values of a batch with ``teacher`` the mean of the peers known, or the student itself."""

@@ -54,14 +54,18 @@ class ClassWiseStep(_ConsistencyStep):
     """Teach a network to say of a sample what it says of another one of the same class (which gets no gradient)."""
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield the rows, each with a random partner of its class."""
+        """Yield the rows, each with a random other one of its class as partner (itself where it is alone)."""
         labels = self.data["labels"]
         by_class = labels.argsort(stable=True)
         counts = labels.bincount()
         first = counts.cumsum(0) - counts
+        place = torch.empty_like(by_class)  # of a row among those of its class
+        place[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
         for batch in super().batches(epoch, generator):
             own = batch["labels"]
-            drawn = (torch.rand(len(own), generator=generator) * counts[own]).long()
+            others = (counts[own] - 1).clamp(min=1)
+            further = 1 + (torch.rand(len(own), generator=generator) * others).long()
+            drawn = (place[batch["index"]] + further) % counts[own]
             yield {**batch, "partner": self.data["inputs"][by_class[first[own] + drawn]]}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ class DeepToShallowStep(DistillationStep):
         soft = [soft_targets(each, answers[-1], temperature=self.temperature, reduction="sum") for each in answers[:-1]]
         # the deepest exit learns from the labels alone, so its cross-entropy keeps its full weight
         labels[-1] = labels[-1] / (1 - self.soft)
-        alike = [f.flatten(1) for f in features if f[0].numel() == features[-1][0].numel()]
+        alike = [f.flatten(1) for f in features if f.shape[1:] == features[-1].shape[1:]]
         hints = [regression(each, alike[-1], reduction="sum") for each in alike[:-1]]
         nothing = answers[-1].sum() * 0
         return {

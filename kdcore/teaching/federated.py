@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.teaching.registry import teaching
-from kdcore.teaching.step import DistillationStep, Learning, Validate, labels_term
+from kdcore.teaching.step import DistillationStep, Learning, Validate, in_mode, labels_term
 from kdcore.teaching.terms import Term
 from kdcore.trainer import TeachingStep
 
@@ -46,13 +46,14 @@ def weight_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def predictions(model: nn.Module, inputs: Tensor, batch_size: int = 1024) -> Tensor:
     """Return a model's logits of all inputs, float32 [N, C], in evaluation mode; its mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with in_mode(model, False):
         return torch.cat([model(part).float() for part in inputs.split(batch_size)])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+
+
+@torch.no_grad()
+def _validated(model: nn.Module, validate: Validate) -> dict[str, float]:
+    with in_mode(model, False):
+        return validate(model)
 
 
 @teaching(
@@ -105,7 +106,7 @@ def federated(
                 DistillationStep(model, data, [term], validate=validate, learning=learning),
                 f"client {client}, round {number}, public",
             )
-        result.rounds.append([validate(model) for model in result.models])
+        result.rounds.append([_validated(model, validate) for model in result.models])
     return result
 
 
@@ -115,10 +116,14 @@ def federated_average(models: Sequence[nn.Module], rows: Sequence[int]) -> dict[
     Reference: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
     """
     total = sum(rows)
-    if len(models) != len(rows) or total <= 0:
-        raise ValueError(f"rows: wanted one number a model, some > 0, got {list(rows)}")
+    if len(models) != len(rows) or total <= 0 or min(rows) < 0:
+        raise ValueError(f"rows: wanted one number >= 0 a model, some > 0, got {list(rows)}")
     states = [model.state_dict() for model in models]
-    return {
-        name: sum(state[name].double() * (n / total) for state, n in zip(states, rows, strict=True)).to(value.dtype)
-        for name, value in states[0].items()
-    }
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in states]
+    if any(each != shapes[0] for each in shapes):
+        raise ValueError("models: wanted one architecture, got weights of different names or shapes")
+    average = {}
+    for name, value in states[0].items():
+        mean = sum(state[name].double() * n for state, n in zip(states, rows, strict=True)) / total
+        average[name] = (mean if value.is_floating_point() else mean.round()).to(value.dtype)
+    return average

@@ -75,8 +75,14 @@ class Residual(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the student's answer plus the assistant's correction; the student does not learn any more."""
-        answer: Tensor = self.student(inputs).detach() + self.assistant(inputs)
+        answer: Tensor = self.student(inputs) + self.assistant(inputs)
         return answer
+
+    def train(self, mode: bool = True) -> Residual:
+        """Set the mode of the assistant; the student stays in evaluation mode, or its statistics would move."""
+        super().train(mode)
+        self.student.eval()
+        return self
 
 
 @teaching(

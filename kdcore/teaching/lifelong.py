@@ -44,12 +44,16 @@ def choose_exemplars(features: Tensor, labels: Tensor, per_class: int) -> Tensor
     """
     if per_class < 1:
         raise ValueError(f"per_class: wanted at least 1, got {per_class}")
+    if features.dim() != 2 or not len(features) or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"features, labels: wanted [N, D] and [N], N > 0, got {tuple(features.shape)} and {tuple(labels.shape)}"
+        )
     chosen = []
     for label in labels.unique():
         rows = (labels == label).nonzero()[:, 0]
         own = features[rows].float()
         mean, total = own.mean(0), torch.zeros_like(own[0])
-        open_rows = torch.ones(len(rows), dtype=torch.bool)
+        open_rows = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for count in range(1, min(per_class, len(rows)) + 1):
             distance = (mean - (total + own) / count).square().sum(1).masked_fill(~open_rows, torch.inf)
             best = int(distance.argmin())

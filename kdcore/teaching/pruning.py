@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,22 @@ from kdcore.trainer import Batch
 def prune_channels(model: nn.Sequential, share: float) -> nn.Sequential:
     """Return a copy whose hidden convolutions and linear layers have lost their weakest output channels (by 2-norm).
 
-    ``share`` (0..1) of each layer's channels is masked (torch.nn.utils.prune, so they stay out while it learns), bias
-    included; the last layer, whose outputs are the classes, is left whole. Make it permanent with ``finish_pruning``.
+    ``share`` (0..1) of each layer's channels, all but one at most, is masked (torch.nn.utils.prune, so they stay out
+    while it learns), bias included; the last layer, whose outputs are the classes, is left whole. Make it permanent
+    with ``finish_pruning``, also before the model is copied or pruned again.
 
     Raises:
         ValueError: share outside [0, 1), or nothing to prune.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share: wanted 0 <= share < 1, got {share}")
-    pruned = copy.deepcopy(model)
+    pruned = copy.deepcopy(model).requires_grad_(True)  # a teacher may be frozen, its pruned copy learns
     layers = [m for m in pruned.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))]
     if len(layers) < 2:
         raise ValueError(f"model: wanted a hidden convolution or linear layer, got {len(layers)} layer(s)")
     for layer in layers[:-1]:
-        prune.ln_structured(layer, "weight", amount=share, n=2, dim=0)
+        channels = layer.weight.shape[0]
+        prune.ln_structured(layer, "weight", amount=min(round(share * channels), channels - 1), n=2, dim=0)
         if layer.bias is not None:
             kept = layer.get_buffer("weight_mask").flatten(1).any(1)
             prune.custom_from_mask(layer, "bias", kept.to(layer.bias.dtype))
@@ -118,7 +121,8 @@ class CrossDistillationStep(DistillationStep):
             with torch.no_grad():
                 wanted = block(to_correct)
                 clean = block(clean) if a < 1 else wanted
-            correction.append(_error(twin(to_correct), wanted))
+            with _still(twin):  # deployed, the block will see the student's inputs: its statistics are of those
+                correction.append(_error(twin(to_correct), wanted))
             # the teacher's block is fixed, but its answer to the student's input moves with the student
             next_own = twin(to_imitate)
             imitation.append(_error(next_own, block(to_imitate)))
@@ -130,6 +134,20 @@ class CrossDistillationStep(DistillationStep):
                 own, check_outputs(clean, "teacher"), temperature=self.temperature, reduction="sum"
             ),
         }
+
+
+@contextmanager
+def _still(block: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of batch norms where they are."""
+    norms = [module for module in block.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    rates = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, rate in zip(norms, rates, strict=True):
+            norm.momentum = rate
 
 
 def _error(student: Tensor, teacher: Tensor) -> Tensor:

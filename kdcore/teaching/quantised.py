@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,11 +19,71 @@ def _torchao() -> tuple[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from torchao.quantization import pt2e
+            from torchao.quantization.pt2e import quantize_pt2e
             from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
     except ImportError:
         raise UserError("quantisation-aware teaching needs torchao: pip install 'kdsuite[quantise]'") from None
-    return pt2e, x86_inductor_quantizer
+    return quantize_pt2e, x86_inductor_quantizer
+
+
+class ExportedStudent(nn.Module):
+    """A student on an exported graph, which changes between training and evaluation as any other does.
+
+    An exported graph has the mode it was exported in written into its operations. torchao's own way to change it takes
+    seconds, and gives every dropout and batch norm the default rate, momentum and eps. In evaluation the ranges of
+    activations stand still as well.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+        # torchao takes a plain dictionary of weights for one of an old version, and puts its default for every eps
+        self._read_eps: dict[str, Tensor] = {}
+        self.register_load_state_dict_pre_hook(_read_eps)
+        self.register_load_state_dict_post_hook(_write_eps)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the student's answer."""
+        answer: Tensor = self.graph(inputs)
+        return answer
+
+    def train(self, mode: bool = True) -> ExportedStudent:
+        """Set the mode: dropout, batch norms, and whether ranges are observed."""
+        changed = [_set_training(node, mode) for node in self.graph.graph.nodes]
+        if any(changed):
+            self.graph.recompile()
+        for module in self.modules():
+            module.training = mode
+        self.observe(mode)
+        return self
+
+    def observe(self, enabled: bool) -> None:
+        """Let the ranges of activations follow the data, or not."""
+        for module in self.modules():
+            if callable(switch := getattr(module, "enable_observer", None)):
+                switch(enabled)
+
+
+def _read_eps(module: Any, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    names = [name for name, _ in module.named_buffers() if name.endswith(".eps") and prefix + name in state]
+    module._read_eps = {name: state[prefix + name].clone() for name in names}
+
+
+def _write_eps(module: Any, keys: Any) -> None:
+    for name, value in module._read_eps.items():
+        module.get_buffer(name).copy_(value)
+
+
+def _set_training(node: fx.Node, mode: bool) -> bool:
+    """Write a mode into an operation that has one (dropout, batch norm); return whether it had the other."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return False
+    for place, argument in enumerate(schema.arguments):
+        if argument.name in ("train", "training") and place < len(node.args) and node.args[place] is not mode:
+            node.update_arg(place, mode)
+            return True
+    return False
 
 
 @teaching(
@@ -30,11 +92,12 @@ def _torchao() -> tuple[Any, Any]:
     "a student that torch.export takes; example inputs; then any step",
     "Mishra & Marr, Apprentice, ICLR 2018; Kim et al., QKD: Quantization-aware Knowledge Distillation, 2019",
 )
-def prepare_quantised(student: nn.Module, example: Tensor) -> nn.Module:
+def prepare_quantised(student: nn.Module, example: Tensor) -> ExportedStudent:
     """Return a copy of a student that rounds as its int8 form will, for any step to teach; any batch size from 2 on.
 
-    Weights are rounded per channel, activations per tensor with learned ranges (torchao on the exported graph); batch
-    norms are folded. Teach it like any student, then ``convert_quantised``.
+    Weights are rounded per channel, activations per tensor with ranges that follow the data and begin with those of
+    the example (torchao on the exported graph); a batch norm after a convolution is folded into it. Teach it like any
+    student, then ``convert_quantised``.
 
     Raises:
         UserError: torchao is missing.
@@ -43,41 +106,32 @@ def prepare_quantised(student: nn.Module, example: Tensor) -> nn.Module:
     pt2e, x86 = _torchao()
     if len(example) < 2:
         raise ValueError(f"example: wanted at least 2 rows, got {len(example)}")
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-
-    mode = student.training
     rows = torch.export.Dim("rows", min=1)
-    exported = torch.export.export(student.train(), (example,), dynamic_shapes=({0: rows},)).module()
-    student.train(mode)
+    twin = copy.deepcopy(student).train()  # a graph shares the weights of what it was exported from
+    exported = torch.export.export(twin, (example,), dynamic_shapes=({0: rows},)).module()
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-    prepared = prepare_qat_pt2e(exported, quantizer)
-    pt2e.allow_exported_model_train_eval(prepared)
-    ready: nn.Module = prepared.train()
-    return ready
+    prepared = ExportedStudent(pt2e.prepare_qat_pt2e(exported, quantizer))
+    prepared.eval().observe(True)
+    with torch.no_grad():
+        prepared(example)
+    return prepared.train()
 
 
-def convert_quantised(prepared: nn.Module) -> nn.Module:
+def convert_quantised(prepared: ExportedStudent) -> ExportedStudent:
     """Return the int8 form of a student made by prepare_quantised, for inference."""
     pt2e, _ = _torchao()
-    import copy
-
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
-    twin = copy.deepcopy(prepared)
-    pt2e.move_exported_model_to_eval(twin)
-    converted: nn.Module = convert_pt2e(twin)
-    pt2e.allow_exported_model_train_eval(converted)
-    return converted
+    twin = copy.deepcopy(prepared).eval()
+    return ExportedStudent(pt2e.convert_pt2e(twin.graph)).eval()
 
 
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of the tensors a model computes with: what its graph reads, or all its state."""
-    if not isinstance(model, fx.GraphModule):
+    if not isinstance(model, ExportedStudent):
         return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     total = 0
-    for target in {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}:
-        value: Any = model
+    for target in {str(node.target) for node in model.graph.graph.nodes if node.op == "get_attr"}:
+        value: Any = model.graph
         for name in target.split("."):
             value = getattr(value, name)
         if isinstance(value, Tensor):

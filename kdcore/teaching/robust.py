@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kdcore.losses import label_smoothing, soft_targets
 from kdcore.teaching.registry import teaching
-from kdcore.teaching.step import DistillationStep, Learning, Validate, labels_term
+from kdcore.teaching.step import DistillationStep, Learning, Validate, in_mode, labels_term
 from kdcore.teaching.terms import Term
 from kdcore.trainer import Batch
 
@@ -99,9 +99,8 @@ class AdversariallyRobustStep(DistillationStep):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return both terms, summed over rows."""
         inputs, labels = batch["inputs"], batch["labels"]
-        self.student.eval()  # the attack must not move running statistics
-        fooled = attack(self.student, inputs, labels, **self.attack)  # type: ignore[arg-type]
-        self.student.train()
+        with in_mode(self.student, False):  # the attack must not move running statistics
+            fooled = attack(self.student, inputs, labels, **self.attack)  # type: ignore[arg-type]
         teacher = self.ask_teacher(self.teachers[0], inputs)["teacher"]
         clean, attacked = self.student(torch.cat([inputs, fooled])).chunk(2)
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +27,11 @@ def _stacked(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([each.detach().float() for each in logits])
 
 
+def _entropy(log_p: Tensor) -> Tensor:
+    """Return the entropies over the last axis; a class of probability 0 adds nothing."""
+    return torch.special.entr(log_p.exp()).sum(-1)
+
+
 def confidence_weights(logits: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
     """Return how far each teacher is to be trusted on each row, [M, B], summing to 1 over teachers.
 
@@ -39,7 +44,7 @@ def confidence_weights(logits: Sequence[Tensor], labels: Tensor | None = None) -
     if len(log_p) == 1:
         return torch.ones(log_p.shape[:2], device=log_p.device)
     if labels is None:
-        return torch.softmax((log_p.exp() * log_p).sum(2), 0)
+        return torch.softmax(-_entropy(log_p), 0)
     errors = -log_p.gather(2, labels.expand(len(log_p), -1)[:, :, None])[:, :, 0]
     return (1 - torch.softmax(errors, 0)) / (len(log_p) - 1)
 
@@ -70,7 +75,7 @@ def mixture(logits: Sequence[Tensor], weights: Tensor, temperature: float) -> Te
     if tuple(weights.shape) != tuple(stacked.shape[:2]):
         raise ValueError(f"weights: wanted shape {tuple(stacked.shape[:2])}, got {tuple(weights.shape)}")
     total = weights.sum(0)
-    if bool(((total - 1).abs() > 1e-4).any()) or bool((weights < 0).any()):
+    if not bool(((total - 1).abs() <= 1e-4).all()) or bool((weights < 0).any()):
         raise ValueError(f"weights: wanted numbers >= 0 that sum to 1 a row, got sums {total.min()} to {total.max()}")
     log_p = torch.log_softmax(stacked / temperature, 2)
     return temperature * torch.logsumexp(log_p + weights.log()[:, :, None], 0)
@@ -97,8 +102,10 @@ class SeveralTeachersStep(DistillationStep):
     """Teach from a mixture of several teachers: averaged, drawn at random, by confidence or agreement, easy rows first.
 
     The mixture is the value ``teacher`` of the terms, at the step's temperature: give soft targets the same. Under
-    "curriculum" the value ``easy`` (bool [B]) marks rows easy enough for the epoch, by the teachers' mean entropy: give
-    it to a term as its mask. Their share grows linearly from ``first_share`` to 1 over ``epochs``.
+    "curriculum" the value ``easy`` (bool [B]) marks rows easy enough for the epoch, by the teachers' mean entropy on
+    ``inputs`` (found once, in a pass over all): give it to a term as its mask. Their share grows linearly from
+    ``first_share`` to 1 over ``epochs``. What is drawn or marked is part of the global batch, so that several processes
+    do what one does.
     """
 
     share: Tensor
@@ -118,10 +125,13 @@ class SeveralTeachersStep(DistillationStep):
             raise ValueError(f"strategy: wanted one of {', '.join(get_args(Strategy))}, got {strategy!r}")
         if len(self.teachers) < 2:
             raise ValueError(f"teachers: wanted at least 2, got {len(self.teachers)}")
+        if not temperature > 0:
+            raise ValueError(f"temperature: wanted a number > 0, got {temperature}")
         if not 0 < first_share <= 1 or epochs < 1:
             raise ValueError(f"first_share, epochs: wanted 0..1 and at least 1, got {first_share} and {epochs}")
         self.strategy, self.temperature = strategy, temperature
         self.first_share, self.epochs = first_share, epochs
+        self.difficulty: Tensor | None = None
         self.register_buffer("share", torch.tensor(first_share))
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
@@ -133,26 +143,37 @@ class SeveralTeachersStep(DistillationStep):
         """Return the values of a batch with ``teacher`` the mixture."""
         found = super().values(batch)
         logits = [found["teacher"], *(found[f"teacher{n}"] for n in range(1, len(self.teachers)))]
-        found["teacher"] = mixture(logits, self._weights(logits, batch.get("labels")), self.temperature)
-        if self.strategy == "curriculum":
-            log_p = torch.log_softmax(found["teacher"], 1)
-            found["easy"] = easiest(-(log_p.exp() * log_p).sum(1), float(self.share))
+        found["teacher"] = mixture(logits, self._weights(logits, batch), self.temperature)
         return found
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Return the rows of the terms; those of the easy ones are known beforehand."""
-        rows = len(batch["index"])
-        counts = super().counts(batch)
-        easy = {name for name, given in self.terms.arguments.items() if given.get("mask") == "easy"}
-        return {name: max(1, round(float(self.share) * rows)) if name in easy else n for name, n in counts.items()}
+    def batches(self, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield the rows in random order, with the teacher drawn for the batch or its easy rows."""
+        if self.strategy == "curriculum" and self.difficulty is None:
+            self.difficulty = self._difficulty()
+        for batch in super().batches(epoch, generator):
+            rows = batch["index"]
+            if self.difficulty is not None:
+                batch["easy"] = easiest(self.difficulty[rows], float(self.share))
+            if self.strategy == "random":
+                batch["drawn"] = torch.randint(len(self.teachers), (1,), generator=generator).expand(len(rows))
+            yield batch
 
-    def _weights(self, logits: list[Tensor], labels: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def _difficulty(self) -> Tensor:
+        """Return the mean entropy of the teachers' answers to every row, [N]."""
+        device = self.share.device
+        parts = []
+        for inputs in self.data["inputs"].split(self.learning.batch_size):
+            said = [self.ask_teacher(each, inputs.to(device))["teacher"] for each in self.teachers]
+            parts.append(torch.stack([_entropy(torch.log_softmax(each.float(), 1)) for each in said]).mean(0).cpu())
+        return torch.cat(parts)
+
+    def _weights(self, logits: list[Tensor], batch: Batch) -> Tensor:
         teachers, rows = len(logits), len(logits[0])
         if self.strategy == "confidence":
-            return confidence_weights(logits, labels)
+            return confidence_weights(logits, batch.get("labels"))
         if self.strategy == "agreement":
             return agreement_weights(logits)
-        if self.strategy == "random":  # one teacher a step, from the trainer's random state
-            drawn = torch.randint(teachers, (1,)).to(logits[0].device).expand(rows)
-            return F.one_hot(drawn, teachers).T.float()
+        if self.strategy == "random":  # one teacher a step
+            return F.one_hot(batch["drawn"], teachers).T.float()
         return torch.full((teachers, rows), 1 / teachers, device=logits[0].device)

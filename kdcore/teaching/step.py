@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,19 @@ def frozen(model: nn.Module, role: str = "teacher") -> nn.Module:
     if any(module.training for module in model.modules()):
         warnings.warn(f"{role} was in training mode; it is put into evaluation mode", stacklevel=2)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into a mode for the block, and every module of it back into its own mode after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(modes[model])  # also for those that do more than to set a flag
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def check_outputs(values: Tensor, name: str) -> Tensor:
@@ -93,6 +107,8 @@ class DistillationStep(TeachingStep):
     def optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW over the student and the losses that have parameters."""
         parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("student: wanted weights that learn, got none (is it frozen, or its own teacher?)")
         return torch.optim.AdamW(parameters, lr=self.learning.learning_rate, weight_decay=self.learning.weight_decay)
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:

@@ -23,13 +23,19 @@ class Samples(nn.Module):
         super().__init__()
         if count < 1:
             raise ValueError(f"count: wanted at least 1, got {count}")
-        self.values = nn.Parameter(torch.randn(count, *shape))
-        self.low, self.high = low, high
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"low, high: wanted low < high, got {low} and {high}")
+        self.low, self.high, self.bounded = low, high, low is not None or high is not None
+        values = torch.randn(count, *shape)
+        self.values = nn.Parameter(values.clamp(low, high) if self.bounded else values)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return rows [n, ...]."""
+        if self.training and self.bounded:  # back onto the bounds, beyond which a clamp has no gradient
+            with torch.no_grad():
+                self.values.clamp_(self.low, self.high)
         values = self.values[rows]
-        return values if self.low is None and self.high is None else values.clamp(self.low, self.high)
+        return values.clamp(self.low, self.high) if self.bounded else values
 
 
 @teaching(
@@ -103,6 +109,9 @@ class SynthesisStep(TeachingStep):
         distances: list[Tensor] = []
 
         def compare(norm: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+            if not len(given[0]):  # a process may be left without rows, which have no mean
+                distances.append(given[0].sum())
+                return
             values = given[0].transpose(0, 1).flatten(1)
             mean, variance = values.mean(1), values.var(1, unbiased=False)
             distances.append((mean - norm.running_mean).square().mean() + (variance - norm.running_var).square().mean())
@@ -120,11 +129,13 @@ class SynthesisStep(TeachingStep):
             "size": inputs.flatten(1).square().mean(1).sum(),
         }
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return how often the teacher says the wanted class, and how sure it is."""
         rows = torch.arange(len(self.labels), device=self.labels.device)
-        chance = torch.softmax(self.teacher[0](self.student(rows)), 1).gather(1, self.labels[:, None])
-        right = self.teacher[0](self.student(rows)).argmax(1) == self.labels
+        logits = self.teacher[0].to(rows.device)(self.student(rows))
+        chance = torch.softmax(logits, 1).gather(1, self.labels[:, None])
+        right = logits.argmax(1) == self.labels
         return {"accuracy": float(right.float().mean()), "confidence": float(chance.mean())}
 
 
