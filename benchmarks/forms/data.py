@@ -48,12 +48,12 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
 def _idx(path: Path, dimensions: int) -> np.ndarray:
     """Read an IDX file of bytes (the format of the MNIST database)."""
     raw = gzip.decompress(path.read_bytes())
-    if raw[:4] != bytes((0, 0, 8, dimensions)):
+    if len(raw) < 4 + 4 * dimensions or raw[:4] != bytes((0, 0, 8, dimensions)):
         raise UserError(f"{path}: not an IDX file of bytes with {dimensions} dimension(s)")
     shape = np.frombuffer(raw, ">i4", dimensions, 4)
     values = np.frombuffer(raw, np.uint8, -1, 4 + 4 * dimensions)
     if values.size != int(np.prod(shape)):
-        raise UserError(f"{path}: holds {values.size} bytes, its head says {tuple(shape)}")
+        raise UserError(f"{path}: holds {values.size} bytes, its head says {tuple(shape.tolist())}")
     return values.reshape(shape)
 
 
