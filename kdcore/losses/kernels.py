@@ -20,21 +20,24 @@ def _tempered(
 
     ``excluded`` int64 [B, 1] is a class that takes no part; its entry is -inf, its probability 0.
     """
-    scaled = logits / temperature
+    scaled = logits * (1 / temperature)  # products take half the time of divisions
     if excluded is not None:
         scaled.scatter_(1, excluded, -torch.inf)
     top = scaled.amax(1, keepdim=True)
     scaled -= top
     powers = scaled.exp()
     total = powers.sum(1, keepdim=True)
-    powers /= total
+    powers *= total.reciprocal()
     return scaled, powers, total.log()[:, 0], top[:, 0]
 
 
 def _between(p: Tensor, teacher: Tensor, student: Tensor, teacher_norm: Tensor, student_norm: Tensor) -> Tensor:
-    """Return KL(p || q) [B]; ``teacher`` is overwritten. A class with p = 0 adds nothing, not 0 * inf."""
+    """Return KL(p || q) [B]; ``teacher`` is overwritten.
+
+    A class the teacher excludes adds nothing, not 0 * inf; NaN in the logits still is NaN, by the norms.
+    """
     teacher -= student
-    teacher.masked_fill_(p == 0, 0.0)
+    teacher.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
     with torch.autocast(p.device.type, enabled=False):
         return torch.linalg.vecdot(p, teacher) + (student_norm - teacher_norm)
 
@@ -77,8 +80,8 @@ class DecoupledDivergence(torch.autograd.Function):
         log_q, q, student_norm, student_top = _tempered(student, temperature, target)
         log_p, p, teacher_norm, teacher_top = _tempered(teacher, temperature, target)
         # log-odds of the target: the sum over the other classes keeps its digits where 1 - p would not
-        student_odds = student.gather(1, target)[:, 0] / temperature - student_top - student_norm
-        teacher_odds = teacher.gather(1, target)[:, 0] / temperature - teacher_top - teacher_norm
+        student_odds = student.gather(1, target)[:, 0] * (1 / temperature) - student_top - student_norm
+        teacher_odds = teacher.gather(1, target)[:, 0] * (1 / temperature) - teacher_top - teacher_norm
         yes, no = torch.sigmoid(teacher_odds), torch.sigmoid(-teacher_odds)
         binary = yes * (F.logsigmoid(teacher_odds) - F.logsigmoid(student_odds))
         binary += no * (F.logsigmoid(-teacher_odds) - F.logsigmoid(-student_odds))
