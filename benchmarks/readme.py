@@ -62,11 +62,13 @@ def beauty(result: dict[str, Any]) -> str:
         role, model = name.split("/")
         lines.append(f"| {model} | {role.replace('_', ' ')} | {params[name]:,} | {_mean(values)} |")
     kept = run["summary"]["kept_of_teacher"]
+    gain = next(v for name, v in run["summary"]["student_minus"].items() if name.startswith("student_alone/"))
     teacher, student = (next(n for n in models if n.startswith(f"{role}/")) for role in ("teacher", "student"))
     lines += [
         "",
         f"{result['data']}; the student keeps {kept:.1%} of the teacher's NDCG@10 with "
-        f"1/{params[teacher] / params[student]:.1f} of its parameters (mean ± sd over "
+        f"1/{params[teacher] / params[student]:.1f} of its parameters, and {gain['value']:+.4f} "
+        f"[{gain['low']:+.4f}, {gain['high']:+.4f}] over the student alone (mean ± sd over "
         f"{len(run['settings']['seeds'])} seeds of the student, one teacher); student alone has the best of "
         "4 settings tried on validation, the student the best of 3. "
         "`kd recsys bench beauty --json benchmarks/results/recsys_beauty.json`",
