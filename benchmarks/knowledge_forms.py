@@ -28,7 +28,7 @@ from kdcore.run import provenance, read_json, write_json, write_text  # noqa: E4
 
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), (0, 1)
 STRENGTHS = (0.1, 0.5, 2.0)
-DATA = ("digits", "mnist")
+DATA, PARTS = ("digits", "mnist"), ("losses", "ways")
 
 
 @dataclass(frozen=True, order=True)
@@ -118,7 +118,7 @@ class Results:
         return float(sum(values)) / len(values)
 
 
-def study_of(data: str, results: Results, jobs: int, only: list[str]) -> dict[str, Any]:
+def study_of(data: str, results: Results, jobs: int, only: list[str], parts: list[str]) -> dict[str, Any]:
     """Run the study on one data set and return its part of the JSON."""
     from benchmarks.forms.losses import forms
     from benchmarks.forms.study import LEARNING_RATES
@@ -132,7 +132,7 @@ def study_of(data: str, results: Results, jobs: int, only: list[str]) -> dict[st
         for kind in kinds
     }
     rates = {data: best["alone"]}
-    names = [name for name in forms() if not only or name in only]
+    names = [name for name in forms() if "losses" in parts and (not only or name in only)]
     strips = {name for name, form in forms().items() if form.kind == "strips"}
     results.complete([Task(data, seed, kind, kind, rate) for seed in SEEDS for kind, rate in best.items()], {}, jobs)
     for group, rate in ((set(names) - strips, best["alone"]), (set(names) & strips, best["strips alone"])):
@@ -141,7 +141,7 @@ def study_of(data: str, results: Results, jobs: int, only: list[str]) -> dict[st
         chosen = {n: _strongest(results, data, n) for n in group}
         final = [Task(data, s, "loss", n, w) for s in SEEDS for n, w in sorted(chosen.items())]
         results.complete(final, {data: rate}, jobs)
-    wanted = [name for name in WAYS if not only or name in only]
+    wanted = [name for name in WAYS if "ways" in parts and (not only or name in only)]
     results.complete([Task(data, s, "way", n, 0) for s in SEEDS for n in wanted], rates, jobs)
     return {
         "learning_rates": best,
@@ -201,14 +201,23 @@ def _main(words: list[str]) -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "knowledge_forms.json")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench" / "knowledge_forms")
     parser.add_argument("--data", choices=DATA, action="append", help="only this data set (may be given twice)")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only the losses, or only the ways")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only this loss or way")
     parser.add_argument("--jobs", type=int, default=1, help="fits at a time (default 1)")
     parser.add_argument("--page", action="store_true", help="only write docs/knowledge_forms.md from the JSON")
     args = parser.parse_args(words)
     if not args.page:
         results = Results(args.work)
-        parts = {data: study_of(data, results, args.jobs, args.only) for data in args.data or DATA}
-        command = ["python", "benchmarks/knowledge_forms.py", "--json", f"benchmarks/results/{args.json.name}"]
+        parts = {
+            data: study_of(data, results, args.jobs, args.only, args.part or list(PARTS)) for data in args.data or DATA
+        }
+        chosen = [
+            word
+            for name in ("data", "part", "only")
+            for each in getattr(args, name) or ()
+            for word in (f"--{name}", each)
+        ]
+        command = ["python", "benchmarks/knowledge_forms.py", *chosen, "--json", f"benchmarks/results/{args.json.name}"]
         about: dict[str, Any] = {"seeds": SEEDS, "strengths": STRENGTHS, "chosen_on_seeds": CHOOSING}
         write_json(
             args.json,

@@ -161,7 +161,8 @@ def losses(result: dict[str, Any]) -> str:
     if "seconds" in cache:
         lines[-1] += (
             f" The teacher cache reads 2,000 x 1,000 scores {cache['pickle_seconds'] / cache['seconds']:.0f} times "
-            f"as fast as one pickle a sample, in {cache['bytes'] / cache['pickle_bytes']:.0%} of the bytes;"
+            f"as fast as one pickle a sample, in {cache['bytes'] / cache['pickle_bytes']:.0%} of the bytes (as "
+            "float16; the pickles hold float32);"
         )
     lines[-1] += (
         f" 1,000,000 x 100 top lists are written and read in {top['above_start_bytes'] / 1e6:.0f} MB above the start. "

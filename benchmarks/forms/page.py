@@ -32,12 +32,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         *_table(parts, "losses", _loss_cells, ["loss", "family"]),
         "",
-        "## Ways of teaching",
-        "",
-        "Each beside its own control, by its own metric, in %.",
-        "",
-        *_table(parts, "ways", _way_cells, ["way", "metric", "control"]),
-        "",
+        *_ways(parts),
         *_teachers(parts),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -108,6 +103,13 @@ def _table(parts: Mapping[str, Any], what: str, cells: Any, head: list[str]) -> 
             line += _difference(table[row["name"]]) if row["name"] in table else ["", "", "", ""]
         lines.append("| " + " | ".join(line) + " |")
     return lines
+
+
+def _ways(parts: Mapping[str, Any]) -> list[str]:
+    if not any(part["ways"] for part in parts.values()):
+        return ["Ways of teaching: not measured yet.", ""]
+    table = _table(parts, "ways", _way_cells, ["way", "metric", "control"])
+    return ["## Ways of teaching", "", "Each beside its own control, by its own metric, in %.", "", *table, ""]
 
 
 def _teachers(parts: Mapping[str, Any]) -> list[str]:
