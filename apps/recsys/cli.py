@@ -192,6 +192,8 @@ def _reopened(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pat
     if args.out is None:
         raise UserError("wanted --recipe NAME or --config FILE, or --out RUN of a run to go on with (see --help)")
     changed = [*(f"--{path}" for path, _ in _settings(args, overrides))]
+    if changed and not Path(args.out).exists():
+        raise UserError(f"{args.out}: no run is there to go on with; a new one wants --recipe NAME or --config FILE")
     if changed:
         raise UserError(f"{changed[0]}: wanted --recipe or --config with it; without, {args.out} keeps its settings")
     return Path(args.out)

@@ -232,6 +232,10 @@ def test_another_run_is_not_overwritten(run: Path, log: Path, capsys: pytest.Cap
     assert f"without, {run} keeps its settings" in one_line(
         ["recsys", "run", "--out", str(run), "--seeds", "5"], capsys
     )
+    new = str(run.parent / "not-there")
+    assert "no run is there to go on with; a new one wants --recipe" in one_line(
+        ["recsys", "run", "--out", new, "--data", str(log)], capsys
+    )
     assert (run / "config.yaml").read_bytes() == before and weights(run) == models
 
 
