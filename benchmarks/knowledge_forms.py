@@ -1,6 +1,6 @@
 """Which knowledge is best, and where: every loss and every way of teaching on one small pair of networks.
 
-``python benchmarks/knowledge_forms.py --json benchmarks/results/knowledge_forms.json`` runs the study (an hour or two
+``python benchmarks/knowledge_forms.py --json benchmarks/results/knowledge_forms.json`` runs the study (some three hours
 on two cores; what is done is kept in ``--work``, and the same command goes on from there), and writes
 docs/knowledge_forms.md beside. ``--page`` only writes the page from the JSON.
 
@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:  # started as a script
 from kdcore.command_line import guarded  # noqa: E402
 from kdcore.run import provenance, read_json, write_json, write_text  # noqa: E402
 
-SEEDS, CHOOSING = (0, 1, 2, 3, 4), (0, 1)
+SEEDS, CHOOSING = tuple(range(10)), (0, 1)
 STRENGTHS = (0.1, 0.5, 2.0)
 DATA, PARTS = ("digits", "mnist"), ("losses", "ways")
 

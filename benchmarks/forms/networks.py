@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-TEACHER, STUDENT = (32, 64, 64), (4, 8, 16)
+TEACHER, STUDENT = (32, 64, 64), (8, 16, 32)
 HEADS = 2
 
 

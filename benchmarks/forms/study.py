@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.forms.data import Split, split, strips
 from benchmarks.forms.networks import STUDENT, TEACHER, Network, accuracy, network, strip_accuracy
 from kdcore.run import atomic_path
-from kdcore.teaching import DistillationStep, Learning, Taps, Term, labels_term
+from kdcore.teaching import DistillationStep, Learning, Schedule, Taps, Term, labels_term
 from kdcore.teaching.step import frozen
 from kdcore.trainer import TeachingStep, Trainer, TrainerConfig
 
@@ -29,7 +29,8 @@ TAPS = {
 # epochs, and rows a batch
 EPOCHS, BATCH = {"digits": 40, "mnist": 15}, {"digits": 64, "mnist": 64}
 # the student alone is tried with each on validation; what is taught takes the best of them
-LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-2, 2e-2, 4e-2)
+TEACHER_RATE = 3e-3
 STRIPS, DIGITS_A_STRIP = {"train": 400, "valid": 300, "test": 1000}, 3
 
 
@@ -60,7 +61,12 @@ class Study:
     @property
     def learning(self) -> Learning:
         """How every student learns."""
-        return Learning(BATCH[self.data], self.learning_rate)
+        return self.learning_over(self.epochs)
+
+    def learning_over(self, epochs: int, rate: float | None = None) -> Learning:
+        """Return how a network learns in so many epochs: to its end, by a cosine from the learning rate to 0."""
+        start = self.learning_rate if rate is None else rate
+        return Learning(BATCH[self.data], Schedule(start, 0.0, "cosine", epochs=epochs))
 
     @cached_property
     def split(self) -> Split:
@@ -85,9 +91,8 @@ class Study:
         """Train a network of the teacher's size on labels; by default on all training rows."""
         teacher = network(TEACHER, self.seed if seed is None else seed, classes)
         rows = self.split.train if part is None else part
-        step = DistillationStep(
-            teacher, rows, [labels_term()], validate=self.validate, learning=Learning(self.learning.batch_size, 3e-3)
-        )
+        learning = self.learning_over(self.epochs, TEACHER_RATE)
+        step = DistillationStep(teacher, rows, [labels_term()], validate=self.validate, learning=learning)
         fit(step, self.seed, self.epochs)
         return teacher
 
@@ -115,7 +120,7 @@ class Study:
 
     def alone(self, learning_rate: float) -> DistillationStep:
         """Return the step of a student without a teacher."""
-        learning = Learning(self.learning.batch_size, learning_rate)
+        learning = self.learning_over(self.epochs, learning_rate)
         return DistillationStep(
             self.student(), self.split.train, [labels_term()], validate=self.validate, learning=learning
         )
@@ -145,7 +150,7 @@ class Study:
         rate: float | None = None,
     ) -> DistillationStep:
         """Return a step that reads strips: CTC on the labels, and terms on what ``extra`` holds a strip."""
-        learning = Learning(self.learning.batch_size, self.learning_rate if rate is None else rate)
+        learning = self.learning_over(self.epochs, rate)
         rows = {**self.strips["train"], **(extra or {})}
         return DistillationStep(
             model,
@@ -164,7 +169,7 @@ class Study:
 
         def train() -> Network:
             teacher = make()
-            fit(self.strip_step(teacher, [], rate=3e-3), self.seed, self.epochs)
+            fit(self.strip_step(teacher, [], rate=TEACHER_RATE), self.seed, self.epochs)
             return teacher
 
         return self._kept("strip-teacher", train, make)

@@ -74,7 +74,7 @@ def under(
         terms,
         validate=study.validate,
         teachers=[teacher] if teacher is not None else [],
-        learning=study.learning,
+        learning=study.learning_over(epochs or study.epochs),
     )
     trained(study, step, epochs)
     return FitResult()
@@ -149,7 +149,7 @@ def _(study: Study) -> dict[str, Any]:
 
 @way("assistant_chain")
 def _(study: Study) -> dict[str, Any]:
-    models = [network((12, 24, 32), study.seed), study.student()]
+    models = [network((16, 32, 48), study.seed), study.student()]
     stages = teaching.assistant_chain(models, partial(under, study), teacher=study.teacher)
     direct = study.student()
     under(study, direct, study.teacher)
@@ -162,7 +162,7 @@ def _(study: Study) -> dict[str, Any]:
         def learn(model: nn.Module, given: nn.Module | None, stage: int) -> FitResult:
             return under(study, model, teacher, stage)
 
-        small = network((2, 4, 8), 4000 + study.seed)
+        small = network((4, 8, 16), 4000 + study.seed)
         both, _ = teaching.residual_assistant(study.student(), small, learn, teacher=study.teacher)
         return study.test(both)
 
@@ -378,7 +378,7 @@ def _(study: Study) -> dict[str, Any]:
         validate=study.validate,
         rounds=rounds,
         temperature=TEMPERATURE,
-        learning=study.learning,
+        learning=study.learning_over(epochs),
     )
     lonely = [study.test(on_labels(study, network(STUDENT, 1000 + study.seed), rows)) for rows in private]
     together = [study.test(model) for model in found.models]

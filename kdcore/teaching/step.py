@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcore.teaching.schedules import Schedule
 from kdcore.teaching.taps import Taps
 from kdcore.teaching.terms import Term, Terms
 from kdcore.trainer import Batch, TeachingStep, iterate_rows
@@ -21,15 +22,26 @@ Validate = Callable[[nn.Module], dict[str, float]]
 
 @dataclass(frozen=True)
 class Learning:
-    """How weights move: AdamW, and rows a batch."""
+    """How weights move: AdamW, and rows a batch; a learning rate that is a schedule moves from epoch to epoch."""
 
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float | Schedule = 1e-3
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or not self.learning_rate > 0 or not self.weight_decay >= 0:
+        rate = self.learning_rate
+        largest = max(rate.start, rate.end or 0.0) if isinstance(rate, Schedule) else rate
+        if self.batch_size < 1 or not largest > 0 or not self.weight_decay >= 0:
             raise ValueError(f"learning: wanted batch_size >= 1, learning_rate > 0, weight_decay >= 0, got {self}")
+
+    def rate(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, counted from 0."""
+        return self.learning_rate.at(epoch) if isinstance(self.learning_rate, Schedule) else self.learning_rate
+
+    def set_rate(self, optimizer: torch.optim.Optimizer | None, epoch: int) -> None:
+        """Give all weights of an optimiser, if there is one, the learning rate of an epoch."""
+        for group in optimizer.param_groups if optimizer is not None else ():
+            group["lr"] = self.rate(epoch)
 
 
 def frozen(model: nn.Module, role: str = "teacher") -> nn.Module:
@@ -98,6 +110,8 @@ class DistillationStep(TeachingStep):
         for model, taps in ((student, self.student_taps), *((teacher, self.teacher_taps) for teacher in teachers)):
             Taps(model, taps)  # an unknown layer is told of here, not in the first batch
         self.learning = learning or Learning()
+        # the trainer's: a learning rate on a schedule is set in it at the start of every epoch
+        self._optimizer: torch.optim.Optimizer | None = None
 
     @property
     def weights(self) -> Mapping[str, float]:  # type: ignore[override]
@@ -109,11 +123,15 @@ class DistillationStep(TeachingStep):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("student: wanted weights that learn, got none (is it frozen, or its own teacher?)")
-        return torch.optim.AdamW(parameters, lr=self.learning.learning_rate, weight_decay=self.learning.weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning.rate(0), weight_decay=self.learning.weight_decay
+        )
+        return self._optimizer
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
-        """Set the weights of the epoch."""
+        """Set the weights and the learning rate of the epoch."""
         self.terms.begin_epoch(epoch)
+        self.learning.set_rate(self._optimizer, epoch)
 
     def batch_count(self) -> int:
         """Return the number of batches of an epoch."""

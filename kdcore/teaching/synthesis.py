@@ -76,12 +76,18 @@ class SynthesisStep(TeachingStep):
         self.student = samples
         self.register_buffer("labels", torch.arange(len(samples.values)) % classes)
         self.learning = learning or Learning(batch_size=len(samples.values), learning_rate=0.05)
+        self._optimizer: torch.optim.Optimizer | None = None
         self.steps_per_epoch = steps_per_epoch
         self.weights = {"cross_entropy": 1.0, "statistics": statistics, "variation": variation, "size": size}
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Return Adam over the samples."""
-        return torch.optim.Adam(self.student.parameters(), lr=self.learning.learning_rate)
+        self._optimizer = torch.optim.Adam(self.student.parameters(), lr=self.learning.rate(0))
+        return self._optimizer
+
+    def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
+        """Set the learning rate of the epoch."""
+        self.learning.set_rate(self._optimizer, epoch)
 
     def batch_count(self) -> int:
         """Return the number of steps of an epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,7 +173,7 @@ def scheduled(fail_at: int = -1) -> Interrupted:
         student_taps={"feature": "4:in"},
         teacher_taps={"feature": "3:in"},
         validate=accuracy(HELD),
-        learning=Learning(batch_size=45, learning_rate=0.02),
+        learning=Learning(batch_size=45, learning_rate=Schedule(0.02, 0.002, "cosine", epochs=4)),
     )
     step.fail_at = fail_at
     return step
@@ -200,6 +201,13 @@ def test_resumed_inside_an_epoch_with_schedules_to_the_bit(whole: Path, tmp_path
     assert one["module"]["terms.epoch"] == 3
     logs = [[event["terms"] for event in read_log(folder / "log.jsonl")] for folder in (whole, tmp_path)]
     assert logs[0] == logs[1]
+
+
+def test_the_learning_rate_follows_its_schedule(whole: Path) -> None:
+    """The last of four epochs has three quarters of the way behind it."""
+    groups = load_state(whole / "last.safetensors")["optimizer"]["param_groups"]
+    expected = 0.02 + (0.002 - 0.02) * (1 - math.cos(math.pi * 3 / 4)) / 2
+    assert [group["lr"] for group in groups] == [pytest.approx(expected, rel=1e-12)]
 
 
 def test_teacher_in_training_mode_warns_once() -> None:
