@@ -14,7 +14,10 @@ from kdcore import __version__
 from kdcore.command_line import Parser, example, guarded
 
 # wing -> what it does; each has a module apps.<wing>.cli with main(words) and demo(folder)
-WINGS = {"recsys": "distil a top-N recommender and write its recommendations"}
+WINGS = {
+    "recsys": "distil a top-N recommender and write its recommendations",
+    "speech": "distil a CTC recogniser into a compact streaming student",
+}
 
 
 # what `kd NAME` lists of the core

@@ -191,3 +191,14 @@ def _one_line(error: Exception) -> str:
 def resolved(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain mappings, for ``config.yaml``."""
     return dataclasses.asdict(config)
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Return the dotted names at which two nested settings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            name
+            for key in {**a, **b}
+            for name in differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if a == b else [path]

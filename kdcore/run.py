@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcore.config import dump_yaml, read_yaml
+from kdcore.config import UserError, differences, dump_yaml, read_yaml
 
 ROLES = ("teacher", "student_alone", "student", "assistant", "baseline")
 
@@ -237,6 +237,14 @@ class RunDirectory:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
+    def refuse_other(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a run with this resolved configuration is here already; UserError if it is another one."""
+        theirs = self.read_config()
+        if theirs is not None and fingerprint(theirs) != fingerprint(config):
+            changed = ", ".join(differences(theirs, dict(config))[:5])
+            raise UserError(f"{self.path}: holds a run with other settings ({changed}); choose another --out")
+        return theirs is not None
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the resolved configuration."""
         write_text(self.path / "config.yaml", dump_yaml(config))
@@ -254,6 +262,30 @@ class RunDirectory:
         """Return the rows of ``metrics.json``, none if it is not there yet."""
         file = self.path / "metrics.json"
         return read_json(file) if file.exists() else []
+
+
+def belongs(folder: Path, key: str) -> bool:
+    """Return whether a folder holds a whole model of this key."""
+    file = folder / "model.json"
+    return file.exists() and read_json(file).get("key") == key
+
+
+def deploy_model(source: Path, target: Path) -> None:
+    """Put a copy of a model's folder into ``target``, whole or not at all; one that is there already is kept."""
+    whole = (target / "model.json").exists()  # a kill may have left a part
+    if whole and read_json(target / "model.json") == read_json(source / "model.json"):
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def gather_logs(files: Iterable[Path], target: Path) -> None:
+    """Write the events of some logs, one log after the other, as one."""
+    lines = (json.dumps(event, ensure_ascii=False) + "\n" for file in files for event in read_log(file))
+    write_text(target, "".join(lines))
 
 
 class EventLog:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apps.recsys import serve_cli
 from kdcore import processes
-from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
+from kdcore.command_line import Parser, example, integers, recipe_rows, split_overrides, unknown_argument
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -68,14 +68,7 @@ def main(words: Sequence[str]) -> int:
 
 def describe_recipes() -> list[dict[str, str]]:
     """Return name, title and reference of every recipe."""
-    import yaml
-
-    folder = Path(__file__).parent / "recipes"
-    rows = []
-    for file in sorted(folder.glob("*.yaml")):
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-        rows.append({"recipe": file.stem, "title": recipe["title"], "reference": recipe["reference"]})
-    return rows
+    return recipe_rows(Path(__file__).parent / "recipes")
 
 
 def _add_stage(verbs: Any, verb: str, what: str) -> None:

@@ -7,9 +7,7 @@ solves closed forms, measures and writes.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +35,17 @@ from apps.recsys.models.store import load_model, model_bytes, save_model
 from apps.recsys.topk import top_k
 from kdcore import processes
 from kdcore.config import UserError, build, read_yaml, resolved
-from kdcore.run import RunDirectory, fingerprint, metric_row, provenance, read_json, read_log, write_json, write_text
+from kdcore.run import (
+    RunDirectory,
+    belongs,
+    deploy_model,
+    fingerprint,
+    gather_logs,
+    metric_row,
+    provenance,
+    read_json,
+    write_json,
+)
 from kdcore.teacher_cache import TeacherCache
 
 Announce = Callable[[str], None]
@@ -89,7 +97,7 @@ class Pipeline:
     def _prepared(self) -> Dataset:
         folder = self.run.path / "data"
         if (folder / "dataset.json").exists():
-            self._refuse_other()
+            self.run.refuse_other(resolved(self.config))
             self._dataset = load_dataset(folder)
         else:
             self._dataset = self._read()
@@ -107,13 +115,6 @@ class Pipeline:
             )
             write_json(self.run.path / "provenance.json", about)
         return self._dataset
-
-    def _refuse_other(self) -> None:
-        """Refuse a folder that holds another run."""
-        mine, theirs = resolved(self.config), self.run.read_config()
-        if theirs is None or fingerprint(theirs) != fingerprint(mine):
-            changed = ", ".join(_differences(theirs or {}, mine)[:5])
-            raise UserError(f"{self.run.path}: holds a run with other settings ({changed}); choose another --out")
 
     def _read(self) -> Dataset:
         data, split = self.config.data, self.config.split
@@ -203,7 +204,7 @@ class Pipeline:
             "teacher": model_fingerprint(teacher),
         }
         key = self._key("student", seed, settings)
-        if processes.agree(_belongs(folder, key)):
+        if processes.agree(belongs(folder, key)):
             return
         student, knowledge = self.taught(seed, self.config)
         self._fit("student", seed, key, config, folder, student=student, knowledge=knowledge)
@@ -259,7 +260,7 @@ class Pipeline:
 
     def _keep(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted], *, alone: bool) -> Recommender:
         """Return the model stored under ``key``, or fit and store it; ``alone`` if one process is enough to fit it."""
-        if not processes.agree(_belongs(folder, key)):
+        if not processes.agree(belongs(folder, key)):
             fitted = fit() if processes.is_first_process() or not alone else None
             if fitted is not None and processes.is_first_process():
                 save_model(
@@ -361,11 +362,7 @@ class Pipeline:
 
     def _gather_log(self) -> None:
         """Write the epochs of all models, in the order of the table, as the run's log."""
-        lines = []
-        for file in sorted(self.run.path.glob("seeds/*/checkpoints/**/log.jsonl")):
-            lines += read_log(file)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(self.run.path / "log.jsonl", text)
+        gather_logs(sorted(self.run.path.glob("seeds/*/checkpoints/**/log.jsonl")), self.run.path / "log.jsonl")
 
     def deploy(self) -> int:
         """Copy the models of the seed whose student validates best to the top of the run; return that seed."""
@@ -375,20 +372,9 @@ class Pipeline:
         best = max(rows, key=lambda row: sign * row["metrics"][metric])["seed"]
         with processes.first_process_first():
             if processes.is_first_process():
-                self._copy_models(best)
+                for role in _ROLES:
+                    deploy_model(self._folder(role, best), self.run.path / role)
         return int(best)
-
-    def _copy_models(self, best: int) -> None:
-        for role in _ROLES:
-            source, target = self._folder(role, best), self.run.path / role
-            whole = (target / "model.json").exists()  # a kill may have left a part
-            if whole and read_json(target / "model.json") == read_json(source / "model.json"):
-                continue
-            temporary = target.with_name(f".{role}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
 
     def run_all(self) -> list[dict[str, Any]]:
         """Run every stage and write the report."""
@@ -441,11 +427,6 @@ def _one_label(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return labelled
 
 
-def _belongs(folder: Path, key: str) -> bool:
-    file = folder / "model.json"
-    return file.exists() and read_json(file).get("key") == key
-
-
 def _cell_name(cell: Cell) -> str:
     return f"baseline-{cell.folder.name}" if cell.role == "baseline" else cell.role
 
@@ -453,14 +434,3 @@ def _cell_name(cell: Cell) -> str:
 def _model_name(cell: Cell, model: Recommender) -> str:
     """Return the model's label; a BPR baseline is named after its loss, its structure being the student's."""
     return model.label().replace("mf-", "bpr-") if cell.folder.name == "bpr" else model.label()
-
-
-def _differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Return the dotted names at which two nested settings differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            name
-            for key in {**a, **b}
-            for name in _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if a == b else [path]

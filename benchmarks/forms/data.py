@@ -1,4 +1,4 @@
-"""Images of digits: scikit-learn's (8 x 8, they come with it) and MNIST's test set (28 x 28, from KD_DATA)."""
+"""Images of digits: scikit-learn's (8 x 8, they come with it) and MNIST's test set (from KD_DATA, at 14 x 14)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
     if not folder.is_dir():
         raise UserError(f"{folder}: not there; set KD_DATA to the folder that holds multimodal/mnist")
     images = _idx(folder / "t10k-images-idx3-ubyte.gz", 3)
-    return (images / 255).astype(np.float32), _idx(folder / "t10k-labels-idx1-ubyte.gz", 1).astype(np.int64)
+    # means of 2 x 2 pixels: the study's networks read them as well, in a quarter of the time
+    small = images.reshape(len(images), 14, 2, 14, 2).mean((2, 4)) / 255
+    return small.astype(np.float32), _idx(folder / "t10k-labels-idx1-ubyte.gz", 1).astype(np.int64)
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:

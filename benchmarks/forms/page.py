@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAMES = {"digits": "digits (8 x 8)", "mnist": "MNIST t10k (28 x 28)"}
+NAMES = {"digits": "digits (8 x 8)", "mnist": "MNIST t10k (14 x 14)"}
 
 
 def page(result: Mapping[str, Any]) -> str:

@@ -30,6 +30,8 @@ class RunFiles:
     provenance: dict[str, Any]
     log: list[dict[str, Any]]
     slices: dict[str, Any] | None
+    # texts worth reading, such as the worst errors: {"title", "blocks": [{"title", "text"}]}
+    examples: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -65,9 +67,11 @@ def read_run(path: str | os.PathLike[str]) -> RunFiles:
     _check_comparisons(comparisons or [], folder / "comparisons.json")
     slices = _read_json(folder / "slices.json", dict)
     _check_slices(slices, folder / "slices.json")
+    examples = _read_json(folder / "examples.json", dict)
+    _check_examples(examples, folder / "examples.json")
     config_text, config = _read_config(folder / "config.yaml")
     provenance = _read_json(folder / "provenance.json", dict) or {}
-    return RunFiles(folder, rows or [], comparisons, config, config_text, provenance, log, slices)
+    return RunFiles(folder, rows or [], comparisons, config, config_text, provenance, log, slices, examples)
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]], source: str | os.PathLike[str] = "metrics") -> None:
@@ -111,6 +115,16 @@ def _check_slices(slices: Mapping[str, Any] | None, source: Path) -> None:
         raise UserError(f"{source}: slices must be a list")
     for number, entry in enumerate(slices["slices"], start=1):
         _require(entry, ("axis", "slice", "role", "model", "value"), source, f"slice {number}")
+
+
+def _check_examples(examples: Mapping[str, Any] | None, source: Path) -> None:
+    if examples is None:
+        return
+    _require(examples, ("title", "blocks"), source, "top level")
+    if not isinstance(examples["blocks"], list):
+        raise UserError(f"{source}: blocks must be a list")
+    for number, block in enumerate(examples["blocks"], start=1):
+        _require(block, ("title", "text"), source, f"block {number}")
 
 
 def _require(entry: Any, keys: Sequence[str], source: str | os.PathLike[str], where: str) -> None:

@@ -54,6 +54,7 @@ def render_page(
             "One line a seed.",
         ),
         _section("Slices", figures.slices_section(run.slices, styles), "No slices were measured in this run."),
+        _examples(run.examples),
         _section("What was run", _provenance(run), ""),
     ]
     title = f"{run.name}: distillation report"
@@ -66,6 +67,16 @@ def render_page(
         f"{_header(run)}\n<main>\n{chr(10).join(part for part in parts if part)}\n</main>\n{_footer(comparison)}\n"
         "</body>\n</html>\n"
     )
+
+
+def _examples(examples: Mapping[str, Any] | None) -> str:
+    """Return the section of texts worth reading; nothing where the run has none."""
+    if examples is None or not examples["blocks"]:
+        return ""
+    blocks = "".join(
+        f"<h3>{esc(str(block['title']))}</h3><pre>{esc(str(block['text']))}</pre>" for block in examples["blocks"]
+    )
+    return _section(str(examples["title"]), blocks, "")
 
 
 def _header(run: RunFiles) -> str:

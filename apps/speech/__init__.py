@@ -1,0 +1,1 @@
+"""Speech: a CTC teacher distilled at the sequence level into a compact streaming student."""

@@ -1,0 +1,307 @@
+"""Audio of any rate, width and channel count, read as 16 kHz mono in [-1, 1]; whole, a part, or block by block.
+
+Files are decoded by libsndfile and resampled by a polyphase filter, both as a stream: memory does not grow with the
+file. A file that is damaged is refused with its name and the reason; one that is merely bad (silent, clipped, offset)
+is read, and ``examine`` says what is wrong with it. No torch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apps.speech.features import SAMPLE_RATE
+from kdcore.config import UserError
+
+if TYPE_CHECKING:
+    import soundfile
+
+PathLike = str | os.PathLike[str]
+
+# what is read whole; longer audio is read in blocks (230 MB of samples here)
+LONGEST_SECONDS = 3600.0
+_RATES = (1_000, 768_000)
+_BLOCK_VALUES = 1 << 20  # decoded at once: samples times channels
+_LOUDEST = 8.0  # a float file beyond that does not hold samples in [-1, 1]
+_UNKNOWN_FRAMES = 1 << 60  # libsndfile's word for a stream without a length
+_PLACEHOLDER = 0x7FFF0000  # the size that a program which writes to a pipe puts in a header
+_SHORT = re.compile(r"^\s*(?:data|SSND|Data [Ss]ize|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# the filter of the resampler: zero crossings on each side, cutoff over the lower Nyquist frequency, 80 dB
+_CROSSINGS, _CUTOFF, _BETA = 64, 0.96, 7.857
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of a file says: length in seconds, samples per second, channels."""
+
+    seconds: float
+    rate: int
+    channels: int
+
+
+def audio_info(path: PathLike) -> AudioInfo:
+    """Return what the header says; nothing is decoded.
+
+    Raises:
+        UserError: as ``read_audio``, for what can be seen without decoding.
+    """
+    with _opened(path) as (handle, _):
+        return AudioInfo(handle.frames / handle.samplerate, handle.samplerate, handle.channels)
+
+
+def read_audio(
+    path: PathLike, *, channel: int | str = "mix", start: float = 0.0, seconds: float | None = None
+) -> np.ndarray:
+    """Return samples float32 [n] in [-1, 1] at 16 kHz.
+
+    Options: ``channel`` is "mix" (the mean of all) or a number from 0; ``start`` and ``seconds`` cut a part, at the
+    file's own rate, before it is resampled (what goes beyond the end is left out). Float samples beyond [-1, 1] are
+    clipped, as a converter would.
+
+    Raises:
+        UserError: missing, a folder, not audio, truncated, without samples or a length, with NaN or infinite samples,
+            not in [-1, 1], no such channel, a part that begins after the end, longer than ``LONGEST_SECONDS``.
+    """
+    with _opened(path) as (handle, name):
+        return _read(handle, name, channel, start, seconds)
+
+
+def decode_audio(data: bytes, name: str, *, channel: int | str = "mix") -> np.ndarray:
+    """Return samples float32 [n] at 16 kHz of a whole file in memory; errors as ``read_audio``, under ``name``."""
+    with _decoder(io.BytesIO(data), name) as handle:
+        return _read(handle, name, channel, 0.0, None)
+
+
+def blocks(path: PathLike, seconds: float, *, channel: int | str = "mix") -> Iterator[np.ndarray]:
+    """Yield a file of any length in blocks float32 [seconds * 16000] (the last one shorter), in constant memory.
+
+    Put together they are what ``read_audio`` returns: resampling does not see the cuts. Errors as there; one in the
+    middle of a file comes after the blocks before it.
+    """
+    size = round(seconds * SAMPLE_RATE)
+    if size < 1:
+        raise ValueError(f"seconds: got {seconds}, wanted at least one sample")
+    with _opened(path) as (handle, name):
+        kept: list[np.ndarray] = []
+        count = 0
+        for piece in _stream(handle, name, channel, None):
+            kept.append(piece)
+            count += len(piece)
+            if count >= size:
+                joined = np.concatenate(kept)
+                whole = count // size * size
+                yield from np.split(joined[:whole], whole // size)
+                kept, count = [joined[whole:]], count - whole
+        if count:
+            yield np.concatenate(kept)
+
+
+def resample(samples: np.ndarray, up: int, down: int) -> np.ndarray:
+    """Return samples float32 [ceil(n * up / down)] at ``up / down`` times the rate; what exceeds the band is removed.
+
+    A windowed-sinc polyphase filter: flat to 92 % of the lower Nyquist frequency, 80 dB down above it, no delay.
+    """
+    if samples.ndim != 1 or samples.dtype != np.float32:
+        raise ValueError(f"samples: wanted float32 [n], got {samples.dtype} {samples.shape}")
+    pieces = list(_resampled(iter([samples]), up, down))
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def examine(samples: np.ndarray) -> list[str]:
+    """Return what is wrong with samples that can be read: silence, clipping, an offset; nothing for good ones."""
+    if not len(samples):
+        return ["no samples"]
+    peak, mean = float(np.abs(samples).max()), float(samples.mean(dtype=np.float64))
+    found = []
+    if abs(mean) >= 0.01:
+        found.append(f"DC offset of {100 * mean:+.1f} % of full scale")
+    swing = float(np.abs(samples - mean).max())
+    if swing < 1e-3:
+        level = f"peak {20 * math.log10(swing):.0f} dB" if swing > 0 else "digital"
+        found.append(f"silence ({level})")
+    if peak >= 0.98:
+        # three in a row near the peak: one loud sample is no clipping
+        loud = np.abs(samples) >= 0.985 * peak
+        runs = int(np.count_nonzero(loud[2:] & loud[1:-1] & loud[:-2]))
+        if runs >= max(5, 5e-4 * len(samples)):
+            found.append(f"clipping ({100 * np.count_nonzero(loud) / len(samples):.2f} % of the samples at the limit)")
+    return found
+
+
+@contextmanager
+def _opened(path: PathLike) -> Iterator[tuple[soundfile.SoundFile, str]]:
+    name = os.fspath(path)
+    if "\0" in name:
+        raise UserError(f"{name!r}: is no name of a file")
+    if not os.path.isfile(name):
+        what = "is a folder" if os.path.isdir(name) else "is no file" if os.path.exists(name) else "does not exist"
+        raise UserError(f"{name}: {what}; wanted an audio file")
+    try:
+        with open(name, "rb") as stream, _decoder(stream, name) as handle:
+            yield handle, name
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def _decoder(stream: io.BufferedReader | io.BytesIO, name: str) -> Iterator[soundfile.SoundFile]:
+    """Open what is in ``stream``; whatever libsndfile says about it becomes one line with the file's name."""
+    import soundfile
+
+    if not stream.read(1):
+        raise UserError(f"{name}: is empty (0 bytes); wanted audio")
+    stream.seek(0)
+    try:
+        handle = soundfile.SoundFile(stream)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless, as a file named .raw
+        raise UserError(f"{name}: cannot be read as audio: {_reason(error)}") from None
+    with handle:
+        low, high = _RATES
+        if not low <= handle.samplerate <= high:
+            raise UserError(f"{name}: has {handle.samplerate} samples a second, wanted {low} to {high}")
+        if handle.frames >= _UNKNOWN_FRAMES:
+            raise UserError(f"{name}: states no length (a stream, saved as it came?); convert it to a whole file")
+        _refuse_truncated(handle, stream, name)
+        try:
+            yield handle
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{name}: is damaged or truncated: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    text = str(getattr(error, "error_string", error))
+    return " ".join(text.split()).removeprefix("Error : ").rstrip(".")
+
+
+def _refuse_truncated(handle: soundfile.SoundFile, stream: io.BufferedReader | io.BytesIO, name: str) -> None:
+    """Raise where a header states more than the file holds, which libsndfile only notes in its log."""
+    for stated, held in _SHORT.findall(handle.extra_info):
+        if int(held) < int(stated) < _PLACEHOLDER:
+            raise UserError(f"{name}: is truncated: the header states {stated} bytes of audio, {held} are there")
+    if handle.format == "NIST":
+        at = stream.tell()
+        stream.seek(0)
+        header = re.search(rb"^sample_count -i (\d+)", stream.read(4096), re.MULTILINE)
+        stream.seek(at)
+        if header and int(header[1]) > handle.frames:
+            raise UserError(
+                f"{name}: is truncated: the header states {int(header[1])} samples, {handle.frames} are there"
+            )
+
+
+def _read(
+    handle: soundfile.SoundFile, name: str, channel: int | str, start: float, seconds: float | None
+) -> np.ndarray:
+    if not (start >= 0 and math.isfinite(start)) or (seconds is not None and not seconds > 0):
+        raise ValueError(f"start, seconds: got {start}, {seconds}, wanted start >= 0 and seconds > 0")
+    rate, frames = handle.samplerate, handle.frames
+    first = round(start * rate)
+    if first >= frames > 0:
+        raise UserError(f"{name}: begins at {start:g} s, but is only {frames / rate:g} s long")
+    if first:
+        handle.seek(first)
+    limit = None if seconds is None else max(1, round(seconds * rate))
+    pieces, count = [], 0
+    for piece in _stream(handle, name, channel, limit):
+        pieces.append(piece)
+        count += len(piece)
+        if count > LONGEST_SECONDS * SAMPLE_RATE:
+            raise UserError(f"{name}: is longer than {LONGEST_SECONDS / 60:g} minutes; read it in parts or in blocks")
+    return np.concatenate(pieces)
+
+
+def _stream(handle: soundfile.SoundFile, name: str, channel: int | str, limit: int | None) -> Iterator[np.ndarray]:
+    """Yield pieces at 16 kHz, clipped to [-1, 1]."""
+    number = _channel_number(handle, name, channel)
+    common = math.gcd(SAMPLE_RATE, handle.samplerate)
+    mono = (
+        block.mean(axis=1, dtype=np.float32) if number is None else np.ascontiguousarray(block[:, number])
+        for block in _decoded(handle, name, limit)
+    )
+    for piece in _resampled(mono, SAMPLE_RATE // common, handle.samplerate // common):
+        yield np.clip(piece, -1.0, 1.0)
+
+
+def _channel_number(handle: soundfile.SoundFile, name: str, channel: int | str) -> int | None:
+    if channel == "mix":
+        return None
+    try:
+        number = int(channel)
+    except ValueError:
+        raise UserError(f"channel: got {channel!r}, wanted 'mix' or a number from 0") from None
+    if not 0 <= number < handle.channels:
+        raise UserError(f"{name}: has no channel {number}; it has {handle.channels}, the first is 0")
+    return number
+
+
+def _decoded(handle: soundfile.SoundFile, name: str, limit: int | None) -> Iterator[np.ndarray]:
+    """Yield float32 [n, channels] from where the file stands, at most ``limit`` frames; raise if it ends too early."""
+    size = max(1, _BLOCK_VALUES // handle.channels)
+    at, total = handle.tell(), 0
+    while limit is None or total < limit:
+        block = handle.read(size if limit is None else min(size, limit - total), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        _check_values(block, (at + total) / handle.samplerate, name)
+        total += len(block)
+        yield block
+    declared = handle.frames
+    # the length of an mp3 is an estimate
+    slack = declared // 50 if handle.format == "MP3" else 0
+    if limit is None and at + total < declared - slack:
+        rate = handle.samplerate
+        raise UserError(f"{name}: is truncated: {declared / rate:g} s are stated, {(at + total) / rate:g} s are there")
+    if not total:
+        raise UserError(f"{name}: has no samples")
+
+
+def _check_values(block: np.ndarray, start: float, name: str) -> None:
+    if not np.isfinite(block).all():
+        raise UserError(f"{name}: has a sample that is NaN or infinite in the block at {start:.3f} s")
+    peak = float(np.abs(block).max())
+    if peak > _LOUDEST:
+        raise UserError(f"{name}: has samples up to {peak:g}; float audio must be in [-1, 1]")
+
+
+@lru_cache(maxsize=16)
+def _filter(up: int, down: int) -> np.ndarray:
+    from scipy.signal import firwin
+
+    most = max(up, down)
+    return firwin(2 * _CROSSINGS * most + 1, _CUTOFF / most, window=("kaiser", _BETA)).astype(np.float32)
+
+
+def _resampled(pieces: Iterator[np.ndarray], up: int, down: int) -> Iterator[np.ndarray]:
+    """Resample a stream of float32 pieces: each is filtered with what surrounds it, so the cuts leave no trace."""
+    common = math.gcd(up, down)
+    up, down = up // common, down // common
+    if up == down:
+        yield from pieces
+        return
+    from scipy.signal import resample_poly
+
+    taps = _filter(up, down)
+    # samples that the filter sees on each side, in whole groups of `down`, which give whole groups of `up`
+    context = -(-(len(taps) // 2) // (up * down)) * down
+    edge = context // down * up
+    kept = np.zeros(context, np.float32)
+    for piece in pieces:
+        kept = np.concatenate([kept, piece])
+        ready = (len(kept) - 2 * context) // down * down
+        if ready > 0:
+            made = resample_poly(kept[: ready + 2 * context], up, down, window=taps)
+            yield made[edge : edge + ready // down * up]
+            kept = kept[ready:]
+    rest = len(kept) - context
+    if rest > 0:
+        made = resample_poly(np.concatenate([kept, np.zeros(context, np.float32)]), up, down, window=taps)
+        yield made[edge : edge + -(-rest * up // down)]

@@ -1,0 +1,82 @@
+"""The checks of a whole configuration before anything runs: refuse at once what would fail after hours."""
+
+from __future__ import annotations
+
+from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
+from apps.speech.knowledge import KNOWLEDGE, knowledge_options, needs
+from apps.speech.models import KINDS, model_options
+from apps.speech.views import parse_view
+from kdcore.config import UserError
+
+_MONITORS = ("wer", "cer")
+
+
+def check_config(config: SpeechConfig) -> None:
+    """Raise UserError for the first setting that cannot work, naming it."""
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds, at least one")
+    _check_views(config)
+    _check_teacher(config)
+    for name, model in (("student", config.student), ("student.alone", alone_config(config))):
+        _check_model(name, model)
+        if not KINDS[model.kind][0].streaming:
+            raise UserError(f"{name}.kind: got {model.kind}, wanted a model that streams: {', '.join(_streaming())}")
+    if not config.student.labels >= 0:
+        raise UserError(f"student.labels: got {config.student.labels}, wanted a weight >= 0")
+    if not config.knowledge:
+        raise UserError(f"knowledge: wanted at least one way of teaching: {', '.join(KNOWLEDGE)}")
+    for name, each in config.knowledge.items():
+        if not each.weight >= 0:
+            raise UserError(f"knowledge.{name}.weight: got {each.weight}, wanted a weight >= 0")
+        knowledge_options(name, each.options)
+    wanted = needs({name: each.options for name, each in config.knowledge.items()})
+    if wanted.hidden and (config.teacher.members or config.teacher.path):
+        raise UserError("knowledge.hint: wanted one teacher trained here; an ensemble has no one encoder")
+    if config.decode.order and not (config.decode.lm_weights and config.decode.word_scores):
+        raise UserError("decode: wanted lm_weights and word_scores to choose from, or order 0")
+
+
+def _streaming() -> list[str]:
+    return [kind for kind, (model, _) in KINDS.items() if model.streaming]
+
+
+def _check_views(config: SpeechConfig) -> None:
+    if not config.views:
+        raise UserError("views: wanted at least one pair of what student and teacher hear")
+    for pair in config.views:
+        student, teacher = parse_view(pair.student), parse_view(pair.teacher)
+        # frames must match: both are as long, or the same change of speed is in both
+        if _speeds(student.name) != _speeds(teacher.name):
+            raise UserError(f"views: {pair.student} and {pair.teacher} are not of one length; give both the same speed")
+    parse_view(config.test_view)
+
+
+def _speeds(view: str) -> list[str]:
+    return [part for part in view.split("+") if part.startswith("speed")]
+
+
+def _check_teacher(config: SpeechConfig) -> None:
+    teacher = config.teacher
+    if teacher.by == "error" and any(member.path for member in teacher.members):
+        raise UserError("teacher.by: wanted equal or confidence: a pretrained member has no error rate of this run")
+    for index, member in enumerate(teacher.members or [teacher]):
+        name = f"teacher.members[{index}]" if teacher.members else "teacher"
+        _check_member(name, member, first=index == 0)
+
+
+def _check_member(name: str, member: MemberConfig, *, first: bool) -> None:
+    if not member.path:
+        _check_model(name, member)
+    if member.guided and (first or member.path):
+        raise UserError(f"{name}.guided: wanted a member after the first, which is the guide, and trained here")
+    if not member.guided >= 0:
+        raise UserError(f"{name}.guided: got {member.guided}, wanted a weight >= 0")
+
+
+def _check_model(name: str, model: ModelConfig) -> None:
+    try:
+        model_options(model.kind, model.options)
+    except UserError as error:
+        raise UserError(f"{name}.{error}") from None
+    if model.trainer.monitor not in _MONITORS or model.trainer.mode != "min":
+        raise UserError(f"{name}.trainer: got monitor {model.trainer.monitor}, wanted wer or cer, and mode min")

@@ -1,0 +1,236 @@
+"""The commands of the speech wing: thin, everything heavy is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcore import processes
+from kdcore.command_line import Parser, example, integers, recipe_rows, split_overrides, unknown_argument
+from kdcore.config import UserError
+
+if TYPE_CHECKING:
+    from apps.speech.pipeline import Pipeline
+
+_STAGES = {
+    "prepare": "read and check the recordings, and compute their features",
+    "teach": "fit the teacher",
+    "distill": "fit the student alone and the taught student",
+    "evaluate": "measure every model on validation and test, and write the report",
+    "run": "all of it: prepare, teach, distill, evaluate, report",
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run ``kd speech`` with the given words."""
+    parser = Parser(
+        prog="kd speech",
+        description="Distil a CTC recogniser at the sequence level into a compact streaming student.",
+        epilog=example(
+            "kd speech run --recipe ctc_sequence_level --data an4 --out runs/an4",
+            "kd speech run --recipe ctc_sequence_level --data simulated",
+            "kd speech lm --text sentences.txt --order 3 --out lm.arpa",
+        ),
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, what in _STAGES.items():
+        _add_stage(verbs, verb, what)
+    _add_lm(verbs)
+    _add_bench(verbs)
+    args, rest = parser.parse_known_args(words)
+    known = verbs.choices[args.verb].options()
+    if args.verb in _STAGES:
+        with processes.first_process_speaks():
+            return _stage(args, split_overrides(rest, known))
+    if rest:
+        raise unknown_argument(rest[0], known)
+    return {"lm": _lm, "bench": _bench}[args.verb](args)
+
+
+def describe_recipes() -> list[dict[str, str]]:
+    """Return name, title and reference of every recipe."""
+    return recipe_rows(Path(__file__).parent / "recipes")
+
+
+def _add_stage(verbs: Any, verb: str, what: str) -> None:
+    parser = verbs.add_parser(
+        verb,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}. Any setting of the recipe can be changed with --a.b value.",
+        epilog=example(
+            f"kd speech {verb} --recipe ctc_sequence_level --data an4 --seeds 0,1,2 --out runs/an4",
+            f"kd speech {verb} --recipe clean_to_noisy --data my/manifest.jsonl --student.options.size tiny",
+        ),
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--recipe", help="a recipe of `kd recipes`")
+    source.add_argument("--config", type=Path, help="a YAML file of the same form")
+    parser.add_argument(
+        "--data", help="a name (an4), a manifest or a folder of any known format; `simulated` makes a corpus"
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
+    for part in ("train", "valid", "test"):
+        parser.add_argument(f"--{part}", help=f"the {part} part, instead of that of --data")
+    parser.add_argument("--unlabelled", help="recordings without a text, on which the teacher alone teaches")
+    parser.add_argument("--seeds", type=integers, help="one run a seed, such as 0,1,2")
+    parser.add_argument("--out", type=Path, help="the run directory (default runs/RECIPE-DATA)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _settings(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the command's own options as overrides, before the explicit ones."""
+    own = [("data.path", json.dumps(args.data))] if args.data else []
+    own += [
+        (f"data.{part}", json.dumps(getattr(args, part)))
+        for part in ("train", "valid", "test", "unlabelled")
+        if getattr(args, part)
+    ]
+    if args.skip_bad:
+        own.append(("data.skip_bad", "true"))
+    if args.seeds:
+        own.append(("seeds", json.dumps(args.seeds)))
+    return own + overrides
+
+
+def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipeline:
+    from apps.speech.config import load_config
+    from apps.speech.pipeline import Pipeline
+    from kdcore.progress import Announcer
+
+    announce = Announcer()
+    given = _settings(args, overrides)
+    if args.recipe is None and args.config is None:
+        if args.out is None:
+            raise UserError("wanted --recipe NAME or --config FILE, or --out RUN of a run to go on with (see --help)")
+        if given:
+            raise UserError(
+                f"--{given[0][0]}: wanted --recipe or --config with it; without, {args.out} keeps its settings"
+            )
+        return Pipeline.reopen(args.out, announce)
+    if args.data == "simulated" and not Path("simulated").exists():
+        from data_scripts.simulate_speech import simulate
+
+        with processes.first_process_first():
+            given = [*_simulated(simulate(Path("data/simulated-speech"), progress=True)), *given[1:]]
+    config = load_config(recipe=args.recipe, file=args.config, overrides=given)
+    if not (config.data.path or config.data.train):
+        raise UserError("wanted --data NAME or PATH, or --train and --test")
+    name = Path(config.data.path or config.data.train or "data").name.split(".")[0]
+    return Pipeline(config, args.out or Path("runs") / f"{config.recipe}-{name}", announce)
+
+
+def _simulated(folder: Path) -> list[tuple[str, str]]:
+    return [("data.path", json.dumps(str(folder)))]
+
+
+def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    pipeline = _open(args, overrides)
+    prepared = pipeline.prepared
+    if args.verb == "prepare":
+        _print_parts(prepared.statistics(), args.json)
+        return 0
+    for seed in pipeline.config.seeds:
+        if args.verb in ("teach", "distill", "run"):
+            pipeline.teach(seed)
+        if args.verb in ("distill", "run"):
+            pipeline.distill(seed)
+    if args.verb in ("evaluate", "run"):
+        _finish(pipeline, args.json)
+    else:
+        print(json.dumps({"run": str(pipeline.run.path)}) if args.json else pipeline.run.path)
+    return 0
+
+
+def _print_parts(rows: list[dict[str, Any]], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+
+
+def _finish(pipeline: Pipeline, as_json: bool) -> None:
+    """Evaluate, deploy the best seed, write the report, and print the table and a transcript."""
+    from rich.console import Console
+
+    from apps.speech.measure import evaluate, shown_utterance
+    from kdcore.report import read_run, run_table, write_report
+    from kdcore.run import read_json
+
+    rows = evaluate(pipeline)
+    pipeline.deploy()
+    if not processes.is_first_process():
+        return
+    report = write_report(pipeline.run.path)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    console = Console()
+    console.print(run_table(read_run(pipeline.run.path)))
+    console.print(shown_utterance(pipeline), markup=False, highlight=False)
+    if read_json(pipeline.run.path / "provenance.json").get("simulated"):
+        print("these figures are on simulated data")
+    print(f"report: {report}")
+
+
+def _add_lm(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "lm",
+        help="count an n-gram language model from text, as an ARPA file",
+        epilog=example("kd speech lm --text sentences.txt --order 3 --out lm.arpa"),
+    )
+    parser.add_argument("--text", type=Path, required=True, nargs="+", help="text, a sentence a line")
+    parser.add_argument("--order", type=int, default=3, help="words of the longest n-gram (default 3)")
+    parser.add_argument("--out", type=Path, required=True, help="the ARPA file to write")
+
+
+def _lm(args: argparse.Namespace) -> int:
+    from apps.speech.decode.ngram import read_sentences, write_arpa
+    from apps.speech.text import TextRules
+
+    rules = TextRules()
+    texts = [rules.normalise(line) for file in args.text for line in read_sentences(file)]
+    write_arpa(args.out, [text for text in texts if text], args.order)
+    print(args.out)
+    return 0
+
+
+def _add_bench(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "bench",
+        help="measure: quality, train",
+        epilog=example("kd speech bench quality --json benchmarks/results/speech_quality.json"),
+    )
+    parser.add_argument("what", choices=("quality", "train"), help="which benchmark")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
+    parser.add_argument("--only", default="", help="some of its parts, joined by commas")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from apps.speech.bench import run_bench
+
+    return run_bench(args.what, args.json, args.work, [name for name in args.only.split(",") if name])
+
+
+def demo(folder: Path) -> None:
+    """Simulate speech, distil, evaluate and transcribe a held-out file; a few minutes on two cores, offline."""
+    from data_scripts.simulate_speech import simulate
+
+    data = folder.parent / "speech-data"
+    if not (data / "dataset.json").exists():
+        simulate(data, progress=True)
+    main(["run", "--recipe", "ctc_sequence_level", "--data", str(data), "--out", str(folder)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

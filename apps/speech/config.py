@@ -1,0 +1,179 @@
+"""The configuration of a speech run: what a recipe file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from apps.speech.distill import Optimization
+from apps.speech.spec_augment import SpecAugment
+from apps.speech.text import TextRules
+from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml, resolved
+from kdcore.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which recordings are read, and how."""
+
+    # a name (an4), a manifest or a folder; its parts are train, valid and test if it has them
+    path: str = ""
+    # files or folders of the parts, instead of those in ``path``
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    # speakers of the training part that validate where there is no valid part, and that test where there is no test
+    valid_speakers: int = 8
+    test_speakers: int = 8
+    split_seed: int = 0
+    # recordings without a text, which the teacher alone teaches on
+    unlabelled: str | None = None
+    text: TextRules = field(default_factory=TextRules)
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class UnitsConfig:
+    """What the models write: characters, or SentencePiece pieces trained on the training texts."""
+
+    kind: Literal["characters", "sentencepiece"] = "characters"
+    # of pieces
+    size: int = 256
+
+
+@dataclass(frozen=True)
+class ViewPair:
+    """What the student hears, and what the teacher hears of the same utterance."""
+
+    student: str = "clean"
+    teacher: str = "clean"
+
+
+def _trainer() -> TrainerConfig:
+    return TrainerConfig(max_epochs=60, patience=0, monitor="cer", mode="min", gradient_clip=5.0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: its kind, its size, and how it is trained."""
+
+    kind: str = "conv_rnn"
+    options: dict[str, Any] = field(default_factory=dict)
+    optimization: Optimization = field(default_factory=Optimization)
+    augment: SpecAugment | None = field(default_factory=SpecAugment)
+    trainer: TrainerConfig = field(default_factory=_trainer)
+
+
+@dataclass(frozen=True)
+class MemberConfig(ModelConfig):
+    """A teacher, or one of several; ``guided`` trains it to spike where the first member does."""
+
+    kind: str = "bilstm"
+    # a folder of a Hugging Face CTC model; nothing is trained then
+    path: str = ""
+    guided: float = 0.0
+
+
+@dataclass(frozen=True)
+class TeacherConfig(MemberConfig):
+    """The teacher; with ``members`` it is their ensemble."""
+
+    members: list[MemberConfig] = field(default_factory=list)
+    # average: posteriors are averaged frame by frame; switched: each utterance hears one of them, drawn anew a view
+    combine: Literal["average", "switched"] = "average"
+    # what an average is weighed by: the members' error rates on validation, or how sure each is of an utterance
+    by: Literal["equal", "error", "confidence"] = "equal"
+    # train one teacher with this seed for all students; None: one teacher a seed
+    seed: int | None = 0
+
+
+@dataclass(frozen=True)
+class KnowledgeConfig:
+    """One way of teaching, and how much it counts beside the labels."""
+
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudentConfig(ModelConfig):
+    """The student, and what it has of its own when it learns without a teacher."""
+
+    options: dict[str, Any] = field(default_factory=lambda: {"size": "small"})
+    # how much the labels count beside the teacher; the student alone has them at 1
+    labels: float = 1.0
+    # what differs when the student learns alone: tuned by itself, with the same budget
+    alone: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How transcripts are made for the evaluation: greedily, and by words of a lexicon under a language model."""
+
+    beam: int = 32
+    # order of the language model of the training texts; 0: greedy only
+    order: int = 3
+    # the weights tried on validation, for each model by itself
+    lm_weights: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
+    word_scores: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0, 2.0])
+
+
+@dataclass(frozen=True)
+class SpeechConfig:
+    """A whole run."""
+
+    recipe: str = "custom"
+    title: str = ""
+    reference: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    units: UnitsConfig = field(default_factory=UnitsConfig)
+    views: list[ViewPair] = field(default_factory=lambda: [ViewPair()])
+    # what validation and test are heard through
+    test_view: str = "clean"
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    # way of teaching -> weight and options
+    knowledge: dict[str, KnowledgeConfig] = field(default_factory=dict)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    # what the report compares
+    report: dict[str, Any] = field(default_factory=lambda: {"metric": "wer", "higher_is_better": False})
+
+
+def alone_config(config: SpeechConfig) -> ModelConfig:
+    """Return how the student is trained without a teacher: as with one, but for what ``student.alone`` sets."""
+    student = config.student
+    plain = resolved(ModelConfig(student.kind, student.options, student.optimization, student.augment, student.trainer))
+    for section, values in student.alone.items():
+        if section not in ("optimization", "augment", "trainer") or not isinstance(values, dict):
+            raise UserError(f"student.alone: got {section!r}, wanted optimization, augment or trainer with settings")
+        plain[section] = {**(plain[section] or {}), **values}
+    return build(ModelConfig, plain, "student.alone")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("apps.speech") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return a recipe's settings by name; an unknown name is a UserError with the nearest ones."""
+    if name not in recipe_names():
+        raise UserError(f"--recipe: unknown recipe {name!r}, {nearest(name, recipe_names())}")
+    with resources.as_file(resources.files("apps.speech") / "recipes" / f"{name}.yaml") as file:
+        return read_yaml(file)
+
+
+def load_config(
+    *, recipe: str | None = None, file: str | Path | None = None, overrides: Sequence[tuple[str, str]] = ()
+) -> SpeechConfig:
+    """Return the configuration of a recipe or a file (one of them) with overrides applied and types checked."""
+    if (recipe is None) == (file is None):
+        raise UserError("wanted either --recipe NAME or --config FILE")
+    values = read_recipe(recipe) if recipe is not None else read_yaml(file or "")
+    source = f"recipe {recipe}" if recipe is not None else str(file)
+    return build(SpeechConfig, apply_overrides(values, overrides), source)

@@ -1,0 +1,326 @@
+"""Large corpora as tar shards, WebDataset's way: members of one name and different suffixes are one utterance.
+
+``00000012.json`` holds the row of a manifest, ``00000012.flac`` the audio. Shards of other makers may have ``.txt`` for
+the text and any audio format. Shards are read as a stream: in memory are one utterance and the shuffle buffer, which
+holds audio as it is stored. Nothing is unpacked to disk; links, devices and names that leave the archive are refused.
+No torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from apps.speech.audio import decode_audio
+from apps.speech.data.formats import AUDIO_SUFFIXES
+from apps.speech.data.utterance import BadRow, Corpus, Tally, Utterance, loaded
+from apps.speech.features import SAMPLE_RATE
+from kdcore.config import UserError
+from kdcore.run import atomic_path, write_json
+
+INDEX = "shards.json"
+_LARGEST_MEMBER = 1 << 28
+_LARGEST_ROW = 1 << 20
+_BLOCK = 512  # of a tar file
+_BUFFER_BYTES = 1 << 28
+
+
+def write_shards(
+    corpus: Corpus, folder: str | os.PathLike[str], *, per_shard: int = 1000, skip_bad: bool = False
+) -> list[Path]:
+    """Write a corpus as ``shard-000000.tar`` and so on, then ``shards.json``, which says that they are complete.
+
+    Audio is stored as FLAC, 16 kHz, one channel, 16 bits. The same corpus gives the same bytes.
+
+    Raises:
+        UserError: the folder holds complete shards already, or audio cannot be read (with ``skip_bad`` it is left out
+            and counted in ``shards.json``).
+    """
+    if per_shard < 1:
+        raise ValueError(f"per_shard: got {per_shard}, wanted at least 1")
+    root = Path(folder)
+    if (root / INDEX).exists():
+        raise UserError(f"{root}: holds shards already; name another folder")
+    root.mkdir(parents=True, exist_ok=True)
+    tally = Tally(skip_bad)
+    source = loaded(corpus, tally)
+    written: list[Path] = []
+    count, seconds = 0, 0.0
+    pending = next(source, None)
+    while pending is not None:
+        path = root / f"shard-{len(written):06d}.tar"
+        with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for _ in range(per_shard):
+                utterance, samples = pending
+                _write_utterance(archive, f"{count:08d}", utterance, samples)
+                count, seconds = count + 1, seconds + len(samples) / SAMPLE_RATE
+                pending = next(source, None)
+                if pending is None:
+                    break
+        written.append(path)
+    if not written:
+        raise UserError(f"{corpus.folder}: holds no utterance whose audio can be read")
+    for left in set(root.glob("shard-*.tar")) - set(written):  # of a longer run that was killed
+        left.unlink()
+    index = {"shards": [path.name for path in written], "utterances": count, "seconds": round(seconds, 3)}
+    write_json(root / INDEX, {**index, "fingerprint": corpus.fingerprint, "left_out": dict(tally.counts)})
+    return written
+
+
+def _write_utterance(archive: tarfile.TarFile, key: str, utterance: Utterance, samples: np.ndarray) -> None:
+    import soundfile
+
+    # the part and the channel are cut out by now
+    extra = {name: value for name, value in utterance.extra.items() if name not in ("offset", "channel")}
+    stored = replace(utterance, audio=f"{key}.flac", duration=len(samples) / SAMPLE_RATE, extra=extra)
+    audio = io.BytesIO()
+    soundfile.write(audio, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    row = json.dumps(stored.row(), ensure_ascii=False).encode()
+    for suffix, data in ((".json", row), (".flac", audio.getvalue())):
+        member = tarfile.TarInfo(key + suffix)  # no time, no owner: the same bytes each time
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+
+
+def shard_paths(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the shards of a folder: those that ``shards.json`` lists, without it all ``*.tar``, sorted.
+
+    Raises:
+        UserError: there are none, one that is listed is missing, or the list is wrong.
+    """
+    root = Path(folder)
+    index = root / INDEX
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["shards"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{index}: is no list of shards") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) and _inside(name) for name in names):
+            raise UserError(f"{index}: shards: wanted names of files below {root}")
+        paths = [root / name for name in names]
+    else:
+        paths = sorted(root.glob("*.tar"))
+    if not paths:
+        raise UserError(f"{root}: holds no shards (*.tar)")
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing:
+        raise UserError(f"{missing}: does not exist, though {INDEX} lists it")
+    return paths
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An utterance whose audio is not decoded yet."""
+
+    where: str
+    utterance: Utterance
+    audio: bytes
+
+
+def read_shards(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    seed: int | None = None,
+    epoch: int = 0,
+    buffer: int = 512,
+    part: int = 0,
+    parts: int = 1,
+    tally: Tally | None = None,
+) -> Iterator[tuple[Utterance, np.ndarray]]:
+    """Yield utterances and their samples float32 [n] at 16 kHz; ``Utterance.audio`` is the member that holds them.
+
+    Options: without ``seed`` in the stored order; with it shards are permuted and utterances drawn from a buffer of
+    ``buffer`` (256 MiB of stored audio at most), an order that seed and epoch determine. Processes and workers take a
+    ``part`` of ``parts`` each: every utterance goes to one, their numbers differ by at most one. ``tally`` counts bad
+    utterances instead of raising, if it was made so.
+
+    Raises:
+        UserError: a shard is missing, truncated or no tar file, an unsafe member, or a bad utterance; it names the
+            shard and the member. What is wrong with a shard itself is never skipped.
+    """
+    if not (parts >= 1 and 0 <= part < parts and buffer >= 1):
+        raise ValueError(f"part, parts, buffer: got {part}, {parts}, {buffer}, wanted 0 <= part < parts and a buffer")
+    tally = tally or Tally(skip_bad=False)
+    order = [Path(path) for path in paths]
+    if seed is not None:
+        permutation = np.random.default_rng([abs(seed), seed < 0, epoch]).permutation(len(order))
+        order = [order[at] for at in permutation]
+    stored = _stored(order, part, parts, tally)
+    if seed is not None:
+        stored = _shuffled(stored, np.random.default_rng([abs(seed), seed < 0, epoch, part, parts]), buffer)
+    for each in stored:
+        try:
+            samples = decode_audio(each.audio, each.where)
+        except UserError as error:
+            tally.add(BadRow("bad audio", str(error)))
+            continue
+        yield replace(each.utterance, duration=len(samples) / SAMPLE_RATE), samples
+
+
+def _shuffled(stored: Iterable[_Stored], generator: np.random.Generator, size: int) -> Iterator[_Stored]:
+    held: list[_Stored] = []
+    weight = 0
+    for each in stored:
+        held.append(each)
+        weight += len(each.audio)
+        while len(held) > size or (weight > _BUFFER_BYTES and len(held) > 1):
+            at = int(generator.integers(len(held)))
+            held[at], held[-1] = held[-1], held[at]
+            drawn = held.pop()
+            weight -= len(drawn.audio)
+            yield drawn
+    for at in generator.permutation(len(held)):
+        yield held[at]
+
+
+def _stored(paths: Iterable[Path], part: int, parts: int, tally: Tally) -> Iterator[_Stored]:
+    """Yield this part's utterances in the order of the shards; the audio of the other parts is passed over unread."""
+    number = -1
+    for path in paths:
+        key: str | None = None
+        members: dict[str, bytes] = {}
+        for name, read in _members(path):
+            stem, _, suffix = name.rpartition("/")[2].partition(".")
+            if (current := name[: len(name) - len(suffix) - 1]) != key:
+                yield from _assembled(path, key, members, tally)
+                key, members, number = current, {}, number + 1
+            if number % parts == part and ("." + suffix).lower() in (".json", ".txt", *AUDIO_SUFFIXES) and stem:
+                members[suffix.lower()] = read()
+        yield from _assembled(path, key, members, tally)
+
+
+def _assembled(path: Path, key: str | None, members: dict[str, bytes], tally: Tally) -> Iterator[_Stored]:
+    if key is None or not members:
+        return
+    where = f"{path}: member {key}"
+    try:
+        yield _assemble(path, key, where, members)
+    except BadRow as error:
+        tally.add(error)
+
+
+def _assemble(path: Path, key: str, where: str, members: dict[str, bytes]) -> _Stored:
+    suffix = next((name for name in members if "." + name in AUDIO_SUFFIXES), None)
+    if suffix is None:
+        raise BadRow("no audio", f"{where}: has no audio beside .{', .'.join(members)}")
+    row: dict[str, Any] = {}
+    text: str | None = None
+    try:
+        if "json" in members:
+            row = json.loads(_limited(members["json"], where, "json"))
+            if not isinstance(row, dict):
+                raise BadRow("unreadable row", f"{where}.json: wanted an object, got {type(row).__name__}")
+        if "txt" in members:
+            text = _limited(members["txt"], where, "txt").decode("utf-8").strip()
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow("unreadable row", f"{where}: is no UTF-8 JSON or text") from None
+    text = row.get("text", text)
+    for name, value in (("text", text), ("id", row.get("id")), ("speaker", row.get("speaker"))):
+        if value is not None and not isinstance(value, str):
+            raise BadRow("bad field", f"{where}.json: {name}: got {type(value).__name__}, wanted text")
+    if text is not None and not text.strip():
+        raise BadRow("empty text", f"{where}: text: is empty")
+    extra = {
+        name: value
+        for name, value in row.items()
+        if name not in ("id", "audio_filepath", "text", "duration", "speaker", "offset", "channel")
+    }
+    member = f"{path.name}/{key}.{suffix}"
+    utterance = Utterance(row.get("id") or key, member, text, 0.0, row.get("speaker") or "", extra)
+    return _Stored(f"{where}.{suffix}", utterance, members[suffix])
+
+
+def _limited(data: bytes, where: str, suffix: str) -> bytes:
+    if len(data) > _LARGEST_ROW:
+        raise BadRow("unreadable row", f"{where}.{suffix}: is larger than {_LARGEST_ROW >> 20} MiB")
+    return data
+
+
+class _Bounded(io.FileIO):
+    """A file that gives at most ``_LARGEST_MEMBER`` bytes at once: what a header claims is not believed."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _LARGEST_MEMBER + _BLOCK:
+            raise tarfile.ReadError("a header claims an impossible size")
+        return super().read(size) or b""
+
+
+class _Reader:
+    """Reads the member that the iteration stands at."""
+
+    def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+        self._archive, self._member, self._path = archive, member, path
+
+    def __call__(self) -> bytes:
+        # runs where the member is wanted, outside the iteration
+        with _named(self._path):
+            handle = self._archive.extractfile(self._member)
+            data = handle.read() if handle else b""
+            if len(data) != self._member.size:
+                raise tarfile.ReadError(f"unexpected end of {self._member.name!a}")
+            return data
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make what tarfile and the system say about a shard one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path}: is truncated, damaged or no tar file: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"{path}: is damaged: a header of a member is unreadable") from None
+
+
+def _members(path: Path) -> Iterator[tuple[str, _Reader]]:
+    """Yield name and reader of the regular members of a tar file, one after the other.
+
+    Raises:
+        UserError: the shard cannot be read, is truncated (a cut between two members too: the mark at the end is
+            looked for), or has a member that is a link or device, too large, or named outside the archive.
+    """
+    with _named(path), _Bounded(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # else they are all kept
+            if member.isdir():
+                continue
+            _refuse_unsafe(path, member)
+            yield member.name, _Reader(archive, member, path)
+        stream.seek(archive.offset)
+        mark = stream.read(_BLOCK)
+        if len(mark) < _BLOCK:
+            raise UserError(f"{path}: is truncated: the mark at the end of a tar file is missing")
+        if mark.strip(b"\0"):
+            raise UserError(f"{path}: is damaged at byte {archive.offset}: there is no header of a member")
+
+
+def _inside(name: str) -> bool:
+    """Return whether a name stays in its folder or archive, on any system."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return bool(parts) and not name.startswith(("/", "\\")) and ".." not in parts and ":" not in parts[0]
+
+
+def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+    where = f"{path}: member {member.name!a}"
+    if not _inside(member.name):
+        raise UserError(f"{where}: leaves the archive")
+    if not member.isreg() or member.issparse():
+        kind = "link" if member.islnk() or member.issym() else "device, pipe or sparse file"
+        raise UserError(f"{where}: is a {kind}; wanted files")
+    if not 0 <= member.size <= _LARGEST_MEMBER:
+        raise UserError(f"{where}: has {member.size} bytes, wanted at most {_LARGEST_MEMBER >> 20} MiB")

@@ -1,0 +1,233 @@
+"""An utterance, a corpus of them, and what is done to a corpus before training: splits and checks. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apps.speech.audio import read_audio
+from apps.speech.features import FEATURE_SHIFT_MS, SAMPLE_RATE
+from apps.speech.text import TextRules
+from apps.speech.units import Units, needed_frames
+from kdcore.config import UserError
+from kdcore.run import fingerprint
+
+SUBSAMPLING = 4  # feature frames to a frame of the acoustic models
+NAMED = 20  # problems kept by their message; the others are counted
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One piece of audio and what is said in it.
+
+    ``audio`` is the path as given (or the member of a shard), ``text`` None where nobody wrote it down, ``duration``
+    in seconds. ``extra`` holds what else its source says; of that, ``offset`` (s) and ``channel`` (a number) say
+    which part of the file it is, ``split`` which part of the corpus.
+    """
+
+    id: str
+    audio: str
+    text: str | None
+    duration: float
+    speaker: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """Return the utterance as a row of a JSON-lines manifest."""
+        row = {"id": self.id, "audio_filepath": self.audio, "text": self.text, "duration": self.duration}
+        return row | ({"speaker": self.speaker} if self.speaker else {}) | self.extra
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Utterances in the order of their source.
+
+    ``folder`` is what relative audio paths start from; ``counts`` says how many rows were left out, by reason, and
+    ``problems`` names the first of them.
+    """
+
+    utterances: tuple[Utterance, ...]
+    folder: Path
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    @property
+    def seconds(self) -> float:
+        """The length of all audio."""
+        return math.fsum(each.duration for each in self.utterances)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits in the order they appear; none where the source has no splits."""
+        return tuple(dict.fromkeys(each.extra["split"] for each in self.utterances if "split" in each.extra))
+
+    def split(self, name: str) -> Corpus:
+        """Return the utterances of one split.
+
+        Raises:
+            UserError: there is no such split; it names those that are there.
+        """
+        if name not in self.splits:
+            raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(self.splits) or 'none'}")
+        return self.select(lambda each: each.extra.get("split") == name)
+
+    def select(self, wanted: Callable[[Utterance], bool]) -> Corpus:
+        """Return the utterances for which ``wanted`` is true, in their order."""
+        return replace(self, utterances=tuple(each for each in self.utterances if wanted(each)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any row, their order and the size of any audio file, not with the folder."""
+        sizes = {each.audio: _size(self.path(each)) for each in self.utterances}
+        return fingerprint(*(each.row() | {"bytes": sizes[each.audio]} for each in self.utterances))
+
+    def path(self, utterance: Utterance) -> Path:
+        """Return where the audio of an utterance is."""
+        return self.folder / utterance.audio
+
+    def load(self, utterance: Utterance) -> np.ndarray:
+        """Return the samples float32 [n] of an utterance at 16 kHz; errors as ``read_audio``."""
+        channel = utterance.extra.get("channel")
+        number = channel if isinstance(channel, int) and not isinstance(channel, bool) else "mix"
+        offset = utterance.extra.get("offset")
+        if offset is None:
+            return read_audio(self.path(utterance), channel=number)
+        return read_audio(self.path(utterance), channel=number, start=offset, seconds=utterance.duration)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone since it was read: whoever loads it says so
+        return -1
+
+
+class BadRow(UserError):
+    """What is wrong with one utterance of a corpus, and in a few words the kind of it, by which it is counted."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Tally:
+    """Raises what is wrong with a row, or, with ``skip_bad``, counts it by reason and keeps the first messages."""
+
+    def __init__(self, skip_bad: bool) -> None:
+        self.skip_bad = skip_bad
+        self.counts: Counter[str] = Counter()
+        self.problems: list[str] = []
+
+    def add(self, error: BadRow) -> None:
+        """Count a bad row.
+
+        Raises:
+            BadRow: the row's own, without ``skip_bad``.
+        """
+        if not self.skip_bad:
+            raise error
+        self.counts[error.reason] += 1
+        if len(self.problems) < NAMED:
+            self.problems.append(str(error))
+
+
+def loaded(corpus: Corpus, tally: Tally) -> Iterator[tuple[Utterance, np.ndarray]]:
+    """Yield utterances with their samples; audio that cannot be read goes to ``tally`` as "bad audio"."""
+    for utterance in corpus.utterances:
+        try:
+            samples = corpus.load(utterance)
+        except UserError as error:
+            tally.add(BadRow("bad audio", f"utterance {utterance.id}: {error}"))
+            continue
+        yield utterance, samples
+
+
+def hold_out_speakers(
+    corpus: Corpus, *, count: int | None = None, share: float | None = None, seed: int = 0
+) -> tuple[Corpus, Corpus]:
+    """Return (train, held): ``held`` has all utterances of some speakers and ``train`` none of them.
+
+    Options: ``count`` speakers or a ``share`` of the speakers (rounded, at least one). Which ones depends on the set of
+    speakers and the seed, not on the order of the utterances.
+
+    Raises:
+        UserError: an utterance without a speaker, or not more speakers than are to be held out.
+        ValueError: not exactly one of ``count`` and ``share``, or one out of range.
+    """
+    if (count is None) == (share is None):
+        raise ValueError(f"count, share: got {count}, {share}, wanted one of them")
+    speakers = sorted({each.speaker for each in corpus.utterances})
+    if "" in speakers:
+        unnamed = next(each.id for each in corpus.utterances if not each.speaker)
+        raise UserError(f"{corpus.folder}: utterance {unnamed} names no speaker; speakers cannot be held out")
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"share: got {share}, wanted between 0 and 1")
+    wanted = count if count is not None else max(1, round((share or 0.0) * len(speakers)))
+    if wanted < 1:
+        raise ValueError(f"count: got {wanted}, wanted at least 1")
+    if wanted >= len(speakers):
+        raise UserError(f"{corpus.folder}: has {len(speakers)} speakers; {wanted} cannot be held out")
+    order = np.random.default_rng(seed).permutation(len(speakers))
+    held = {speakers[at] for at in order[:wanted]}
+    return corpus.select(lambda each: each.speaker not in held), corpus.select(lambda each: each.speaker in held)
+
+
+def output_frames(samples: int) -> int:
+    """Return the frames that an acoustic model has for ``samples`` at 16 kHz: those of the features over 4, up."""
+    shift = SAMPLE_RATE * FEATURE_SHIFT_MS // 1000
+    return -(-((samples + shift // 2) // shift) // SUBSAMPLING)
+
+
+class Impossible(NamedTuple):
+    """An utterance whose text CTC cannot align: it needs more frames than the audio gives."""
+
+    utterance: Utterance
+    needs: int
+    has: int
+
+    def __str__(self) -> str:
+        seconds = self.utterance.duration
+        return f"{self.utterance.id}: its text needs {self.needs} frames, its {seconds:g} s have {self.has}"
+
+
+def impossible(corpus: Corpus, units: Units, rules: TextRules | None = None) -> list[Impossible]:
+    """Return the utterances whose normalised text has more symbols (and blanks between equal ones) than frames.
+
+    Raises:
+        UserError: a text with a symbol outside the units; it names the utterance too.
+    """
+    rules = rules or TextRules()
+    found = []
+    for utterance in corpus.utterances:
+        if utterance.text is None:
+            continue
+        try:
+            needs = needed_frames(units.encode(rules.normalise(utterance.text)))
+        except UserError as error:
+            raise UserError(f"utterance {utterance.id}: {error}") from None
+        has = output_frames(round(utterance.duration * SAMPLE_RATE))
+        if needs > has:
+            found.append(Impossible(utterance, needs, has))
+    return found
+
+
+def outside_units(utterances: Iterable[Utterance], units: Units, rules: TextRules | None = None) -> dict[str, str]:
+    """Return by id what is wrong with the texts that the units cannot spell."""
+    rules = rules or TextRules()
+    found = {}
+    for utterance in utterances:
+        try:
+            units.encode(rules.normalise(utterance.text or ""))
+        except UserError as error:
+            found[utterance.id] = str(error)
+    return found

@@ -1,0 +1,148 @@
+"""Fits acoustic models, and asks them: the student's validation, and what teachers say of the training utterances."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.speech.config import ModelConfig
+from apps.speech.data.batches import padded
+from apps.speech.data.store import FeatureStore
+from apps.speech.decode.greedy import greedy
+from apps.speech.distill import Lessons, SpeechStep, Utterances
+from apps.speech.features import SILENCE
+from apps.speech.models import AcousticModel, new_model
+from apps.speech.models.base import output_lengths
+from apps.speech.units import Units
+from kdcore.teaching import Taps, Term
+from kdcore.trainer import Trainer
+
+# feature frames of a batch whose posteriors are asked for
+_FRAMES = 20_000
+
+
+@dataclass
+class Fitted:
+    """A fitted model and what it took; the seconds include validation."""
+
+    model: AcousticModel
+    seconds: float
+    cpu_seconds: float
+    epochs: int = 0
+    updates: int = 0
+    # of the best epoch
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def ask(model: AcousticModel, features: Sequence[np.ndarray], *, hidden: bool = False) -> dict[str, list[np.ndarray]]:
+    """Return ``log_probs`` float32 [T', C] of some utterances' features, and ``hidden`` [T', D] if it is wanted."""
+    training = model.training
+    model.eval()
+    lengths = torch.tensor([len(each) for each in features])
+    counts = output_lengths(lengths).tolist()
+    with Taps(model, {"hidden": model.hidden} if hidden else {}) as taps:
+        logits = model(torch.from_numpy(padded(list(features), SILENCE)), lengths)
+        kept = taps.take()["hidden"] if hidden else None
+    model.train(training)
+    values: dict[str, Tensor] = {"log_probs": torch.log_softmax(logits, 2)}
+    if kept is not None:
+        values["hidden"] = kept
+    return {
+        name: [row[:count].numpy() for row, count in zip(value, counts, strict=True)] for name, value in values.items()
+    }
+
+
+def all_log_probs(model: AcousticModel, store: FeatureStore) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield row and log-posteriors [T', C] of every utterance of a store, those of about one length together."""
+    order = np.argsort(store.lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and int(store.lengths[order[stop]]) * (stop + 1 - start) <= _FRAMES:
+            stop += 1
+        rows = order[start:stop].tolist()
+        yield from zip(rows, ask(model, [store[row] for row in rows])["log_probs"], strict=True)
+        start = stop
+
+
+def greedy_texts(model: AcousticModel, store: FeatureStore, units: Units) -> list[str]:
+    """Return the best path's text of every utterance of a store."""
+    texts = {row: units.decode(greedy(log_probs).ids) for row, log_probs in all_log_probs(model, store)}
+    return [texts[row] for row in range(len(store))]
+
+
+def validator(
+    store: FeatureStore, references: Sequence[str], units: Units
+) -> Callable[[AcousticModel], dict[str, float]]:
+    """Return the measure of a model in training: word and character error rate of its best paths, 0..1 and above."""
+
+    def measure(model: AcousticModel) -> dict[str, float]:
+        heard = greedy_texts(model, store, units)
+        return {"wer": jiwer.wer(list(references), heard), "cer": jiwer.cer(list(references), heard)}
+
+    return measure
+
+
+def fit_model(
+    config: ModelConfig,
+    data: Utterances,
+    statistics: tuple[np.ndarray, np.ndarray],
+    validate: Callable[[AcousticModel], dict[str, float]],
+    units: Units,
+    *,
+    seed: int,
+    folder: Path | None = None,
+    key: str = "",
+    context: Mapping[str, Any] | None = None,
+    terms: Callable[[AcousticModel], Sequence[Term]] = lambda model: (),
+    lessons: Lessons | None = None,
+    hidden: bool = False,
+    labels: float = 1.0,
+) -> Fitted:
+    """Fit one model on its training rows; selection is by ``validate``, never on test.
+
+    Args:
+        statistics: mean and deviation of the features, of training data.
+        terms: what is taught beside the labels, given the student; ``lessons`` hold what they ask for.
+        hidden: the terms are given the student's encoder as ``student.hidden``.
+        labels: the weight of the labels.
+    """
+    started = time.perf_counter(), time.process_time()
+    torch.manual_seed(seed)
+    model = new_model(config.kind, units.blank + 1, config.options)
+    model.set_statistics(*(torch.from_numpy(each) for each in statistics))
+    step = SpeechStep(
+        model,
+        data,
+        validate,
+        epochs=config.trainer.max_epochs,
+        terms=terms(model),
+        optimization=config.optimization,
+        augment=config.augment,
+        lessons=lessons,
+        taps={"hidden": model.hidden} if hidden else {},
+        labels=labels,
+    )
+    role = str((context or {}).get("role", ""))
+    trainer = Trainer(
+        config.trainer, seed=seed, folder=folder, key=key, context=context, description=f"{role} {config.kind}".strip()
+    )
+    result = trainer.fit(step)
+    seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+    return Fitted(
+        model.eval(),
+        max(seconds, result.seconds),
+        max(cpu, result.cpu_seconds),
+        result.epochs,
+        result.steps,
+        result.best_metrics,
+    )

@@ -1,0 +1,263 @@
+"""The evaluation of a run: what every model hears on validation and test, greedily and with a language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apps.speech import fitting
+from apps.speech.decode.greedy import greedy
+from apps.speech.decode.lexicon import WordDecoder
+from apps.speech.decode.ngram import write_arpa
+from apps.speech.decode.words import Word, timed_words
+from apps.speech.evaluate import Scores, compare, score, worst
+from apps.speech.latency import ComputeTime, emission_delays, real_time_factor, summarise
+from apps.speech.models.base import FRAME_MS, StreamingModel
+from apps.speech.models.store import load_model, model_bytes
+from apps.speech.pipeline import Cell, Pipeline
+from apps.speech.slices import slices
+from kdcore import processes
+from kdcore.run import metric_row, read_json, write_json
+
+# the ways a transcript is made
+DECODINGS = ("wer", "wer_lm")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a model says of a part: log-posteriors [T', C] of every utterance, and the seconds of one core it took."""
+
+    log_probs: list[np.ndarray]
+    cpu_seconds: float
+
+
+class Measurement:
+    """Measures the models of a run; the language model is of the training texts, its weights chosen on validation."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.prepared = pipeline, pipeline.prepared
+        self.config = pipeline.config
+
+    @cached_property
+    def language_model(self) -> Path:
+        """The n-gram model of the training texts."""
+        file = self.pipeline.run.path / "lm.arpa"
+        if not file.exists():
+            write_arpa(file, [text for text in self.prepared.texts("train") if text], self.config.decode.order)
+        return file
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The words of the training texts: the lexicon."""
+        return sorted({word for text in self.prepared.texts("train") for word in text.split()})
+
+    def hear(self, cell: Cell, part: str) -> Heard:
+        """Return what the model of a cell says of a part."""
+        store = self.prepared.store(part, self.config.test_view)
+        if cell.role == "teacher":
+            teacher = self.pipeline.teach(cell.seed)
+            found: dict[int, np.ndarray] = {}
+            with ComputeTime() as spent:
+                for start in range(0, len(store), 16):
+                    rows = range(start, min(start + 16, len(store)))
+                    # the teacher hears what it teaches on: its own view
+                    said = teacher.ask(self.prepared, part, self._teacher_view, rows)["log_probs"]
+                    found.update(zip(rows, said, strict=True))
+        else:
+            model, _ = load_model(cell.folder)
+            with ComputeTime() as spent:
+                found = dict(fitting.all_log_probs(model, store))
+        return Heard([found[row] for row in range(len(store))], spent.seconds)
+
+    @property
+    def _teacher_view(self) -> str:
+        """What the teacher is tested on: the clean view where students are tested on another one."""
+        heard = {pair.teacher for pair in self.config.views}
+        return self.config.test_view if self.config.test_view in heard else "clean"
+
+    def decoder(self, lm_weight: float, word_score: float) -> WordDecoder:
+        """Return a decoder of lexicon words under the language model."""
+        return WordDecoder(
+            self.prepared.units,
+            self.words,
+            lm=str(self.language_model),
+            lm_weight=lm_weight,
+            word_score=word_score,
+            beam=self.config.decode.beam,
+        )
+
+    def scored(self, part: str, texts: Sequence[str]) -> Scores:
+        """Return the errors of one text an utterance."""
+        return score(self.prepared.corpora[part].utterances, texts, self.config.data.text)
+
+    def greedy(self, part: str, heard: Heard) -> Scores:
+        """Return the errors of best paths."""
+        return self.scored(part, [self.prepared.units.decode(greedy(each).ids) for each in heard.log_probs])
+
+    def with_lm(self, part: str, heard: Heard, weights: tuple[float, float]) -> Scores:
+        """Return the errors with lexicon and language model."""
+        decoder = self.decoder(*weights)
+        texts = []
+        for log_probs in heard.log_probs:
+            found = decoder.decode(log_probs)
+            texts.append(" ".join(found[0].words) if found else "")
+        return self.scored(part, texts)
+
+    def decoded(self, part: str, heard: Heard, weights: tuple[float, float] | None) -> dict[str, Scores]:
+        """Return the errors of each way of decoding."""
+        found = {"wer": self.greedy(part, heard)}
+        return found if weights is None else {**found, "wer_lm": self.with_lm(part, heard, weights)}
+
+    def tune(self, heard: Heard) -> tuple[float, float]:
+        """Return the weights of language model and words with the least errors on validation."""
+        grid = [(lm, word) for lm in self.config.decode.lm_weights for word in self.config.decode.word_scores]
+        return min(grid, key=lambda weights: self.with_lm("valid", heard, weights).wer)
+
+    def delays(self, student: Heard, teacher: Heard, model: StreamingModel, part: str) -> list[float]:
+        """Return how long after its end by the teacher's best path each right word of the student's appears, in ms."""
+        symbols, found = self.prepared.units.symbols, []
+        references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
+        for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
+            best = greedy(own)
+            words: list[dict[str, Any]] = [dict(word) for word in timed_words(best, symbols)]
+            for word in words:
+                # the word's last symbol is known when its chunk is complete
+                chunk = model.chunk_frames * FRAME_MS / 1000
+                word["emitted"] = math.ceil(round(word["end"] / chunk, 6)) * chunk
+            said: list[Word] = timed_words(greedy(theirs), symbols)
+            found += [each.delay_ms for each in emission_delays(words, said, reference)]
+        return found
+
+
+def evaluate(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Measure every model of every seed on validation and test; write metrics, comparisons, slices and examples."""
+    with processes.first_process_first():
+        return _evaluated(pipeline) if processes.is_first_process() else pipeline.run.read_metrics()
+
+
+def _evaluated(pipeline: Pipeline) -> list[dict[str, Any]]:
+    measurement = Measurement(pipeline)
+    rows: list[dict[str, Any]] = []
+    tested: dict[str, dict[str, list[Scores]]] = {name: {} for name in DECODINGS}
+    sliced: list[dict[str, Any]] = []
+    for seed in pipeline.config.seeds:
+        teacher_heard: Heard | None = None
+        for cell in pipeline.cells(seed):
+            weights = None
+            for part in ("valid", "test"):
+                pipeline.announce(f"seed {seed}: evaluating {cell.role.replace('_', ' ')} on {part}")
+                heard = measurement.hear(cell, part)
+                if part == "valid" and pipeline.config.decode.order:
+                    weights = measurement.tune(heard)
+                found = measurement.decoded(part, heard, weights)
+                if cell.role == "teacher" and part == "test":
+                    teacher_heard = heard
+                row = _row(measurement, cell, part, heard, found, teacher_heard if part == "test" else None)
+                rows.append({**row, "lm_weights": list(weights) if weights else None})
+                for name, scores in found.items():
+                    scores.save(cell.folder.parent / "evaluation" / f"{part}-{cell.role}-{name}-{seed}.jsonl")
+                    if part == "test":
+                        tested[name].setdefault(cell.role, []).append(scores)
+                if part == "test":
+                    about = {"role": cell.role, "model": _label(cell), "seed": seed}
+                    sliced += [{**each, **about} for each in slices(found["wer"])]
+    pipeline.run.write_metrics(rows)
+    write_json(pipeline.run.path / "slices.json", {"metric": "wer", "slices": sliced})
+    write_json(pipeline.run.path / "comparisons.json", _comparisons(pipeline, tested))
+    _write_examples(pipeline, tested["wer"])
+    pipeline.gather_log()
+    return rows
+
+
+def _row(
+    measurement: Measurement, cell: Cell, part: str, heard: Heard, found: Mapping[str, Scores], teacher: Heard | None
+) -> dict[str, Any]:
+    about, seconds = _about(cell), measurement.prepared.corpora[part].seconds
+    metrics = {"wer": found["wer"].wer, "cer": found["wer"].cer, "ser": found["wer"].values["ser"]}
+    if "wer_lm" in found:
+        metrics["wer_lm"] = found["wer_lm"].wer
+    metrics["real_time_factor"] = real_time_factor(heard.cpu_seconds, seconds)
+    if teacher is not None and cell.role != "teacher":
+        model, _ = load_model(cell.folder)
+        if isinstance(model, StreamingModel):
+            delays = summarise(measurement.delays(heard, teacher, model, part))
+            metrics |= {
+                f"delay_ms_{name}": value for name, value in delays.items() if name != "n" and value is not None
+            }
+    return metric_row(
+        domain="speech",
+        recipe=measurement.config.recipe,
+        model=_label(cell),
+        role=cell.role,
+        seed=cell.seed,
+        split=part,
+        params=about["parameters"],
+        bytes=about["bytes"],
+        metrics=metrics,
+        train_seconds=about["train_seconds"],
+        train_cpu_seconds=about["train_cpu_seconds"],
+    )
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    """Return size and cost of a model; of an ensemble those of all its members."""
+    folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
+    each = [read_json(folder / "model.json") for folder in folders if (folder / "model.json").exists()]
+    sums = {name: sum(one[name] for one in each) for name in ("parameters", "train_seconds", "train_cpu_seconds")}
+    return {**sums, "bytes": sum(model_bytes(folder) for folder in folders if (folder / "model.json").exists())}
+
+
+def _label(cell: Cell) -> str:
+    if not (cell.folder / "model.json").exists():
+        return "ensemble" if cell.folder.exists() else "pretrained"
+    about = read_json(cell.folder / "model.json")
+    return f"{about['kind']}-{about['parameters'] / 1e6:.2f}M"
+
+
+def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[Scores]]]) -> list[dict[str, Any]]:
+    """Return the paired differences of the student to the others, with intervals over utterances and seeds."""
+    labels = {cell.role: _label(cell) for cell in pipeline.cells(pipeline.config.seeds[0])}
+    rows = []
+    for metric, by_role in tested.items():
+        for other in ("student_alone", "teacher"):
+            if "student" not in by_role or other not in by_role:
+                continue
+            fields = compare(by_role["student"], by_role[other]).as_dict()
+            fields["difference"] = fields.pop("value")
+            sides = {side: {"role": role, "model": labels[role]} for side, role in (("a", "student"), ("b", other))}
+            rows.append({"metric": metric, "split": "test", **sides, **fields})
+    return rows
+
+
+def _write_examples(pipeline: Pipeline, tested: Mapping[str, Sequence[Scores]]) -> None:
+    """Write the student's worst test utterances of the first seed, each with its alignment."""
+    found = worst(tested["student"][0], 10)
+    blocks = [
+        {"title": f"{each['id']}: {each['errors']} of {each['words']} words", "text": each["alignment"]}
+        for each in found
+    ]
+    write_json(pipeline.run.path / "examples.json", {"title": "The student's worst utterances", "blocks": blocks})
+
+
+def shown_utterance(pipeline: Pipeline) -> str:
+    """Return one test utterance as the deployed student hears it: of median length, with its alignment and times."""
+    model, units = load_model(pipeline.run.path / "student")
+    corpus = pipeline.prepared.corpora["test"]
+    order = sorted(range(len(corpus)), key=lambda row: corpus.utterances[row].duration)
+    row = order[len(order) // 2]
+    store = pipeline.prepared.store("test", pipeline.config.test_view)
+    log_probs = fitting.ask(model, [store[row]])["log_probs"][0]
+    heard, utterance = greedy(log_probs), corpus.utterances[row]
+    scores = score([utterance], [units.decode(heard.ids)], pipeline.config.data.text)
+    times = "  ".join(
+        f"{word['word']} {word['start']:.2f}-{word['end']:.2f}" for word in timed_words(heard, units.symbols)
+    )
+    return (
+        f"{utterance.id} ({utterance.duration:.1f} s), as the student hears it:\n{scores.alignments[0].show()}\n{times}"
+    )

@@ -1,0 +1,66 @@
+"""Acoustic models by kind, and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from apps.speech.models.base import AcousticModel, StreamingModel
+from apps.speech.models.conformer import ChunkedConformer, ChunkedConformerOptions, Conformer, ConformerOptions
+from apps.speech.models.recurrent import BiLstm, BiLstmOptions, ConvRnn, ConvRnnOptions
+from kdcore.config import UserError, build, nearest
+
+# kind -> (class, its options)
+KINDS: dict[str, tuple[type[AcousticModel], type[Any]]] = {
+    "bilstm": (BiLstm, BiLstmOptions),
+    "conv_rnn": (ConvRnn, ConvRnnOptions),
+    "conformer": (Conformer, ConformerOptions),
+    "chunked_conformer": (ChunkedConformer, ChunkedConformerOptions),
+}
+# kind -> size -> options: about 0.3, 0.85 and 3 million weights with 28 symbols
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "conv_rnn": {
+        "tiny": {"channels": (8, 16), "width": 112, "hidden": 112, "kernel": 7},
+        "small": {},
+        "base": {"channels": (16, 32), "width": 320, "hidden": 384, "convolutions": 3},
+        # no recurrence: ten convolutions over 20 frames each, about 0.85 million
+        "convolutional": {"width": 200, "convolutions": 10, "kernel": 20, "layers": 0},
+    },
+    "conformer": {
+        "tiny": {"channels": (8, 16), "width": 64, "blocks": 4, "feed_forward": 160},
+        "small": {"width": 96, "blocks": 5, "feed_forward": 224},
+        "base": {},
+    },
+    "chunked_conformer": {
+        "tiny": {"channels": (8, 16), "width": 64, "blocks": 4, "feed_forward": 160},
+        "small": {},
+        "base": {"width": 176, "blocks": 6, "feed_forward": 352},
+    },
+}
+
+
+def model_options(kind: str, options: Mapping[str, Any]) -> Any:
+    """Return the checked options of a kind; ``size`` names a set of them that the others change.
+
+    Raises:
+        UserError: an unknown kind, size or option, named with the nearest.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind: unknown model {kind!r}, {nearest(kind, KINDS)}")
+    given = dict(options)
+    size = given.pop("size", None)
+    sizes = SIZES.get(kind, {})
+    if size is not None and size not in sizes:
+        raise UserError(f"options.size: {kind} has no size {size!r}, {nearest(str(size), sizes)}")
+    start = KINDS[kind][1](**sizes[size]) if size is not None else KINDS[kind][1]()
+    checked = build(KINDS[kind][1], given, f"{kind}.options")
+    return replace(start, **{name: getattr(checked, name) for name in given})
+
+
+def new_model(kind: str, classes: int, options: Mapping[str, Any]) -> AcousticModel:
+    """Return a model with random weights; ``classes`` counts the blank."""
+    return KINDS[kind][0](classes, model_options(kind, options))
+
+
+__all__ = ["KINDS", "SIZES", "AcousticModel", "StreamingModel", "model_options", "new_model"]

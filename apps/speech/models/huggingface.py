@@ -1,0 +1,327 @@
+"""CTC teachers from a local Hugging Face folder: wav2vec 2.0, HuBERT and WavLM. Nothing is downloaded, no code is run.
+
+Weights are read from safetensors only: a pickled file can run code. Vocabularies are mapped onto our units: a token is
+the symbol it equals, or else the one it equals in lower or upper case; the word delimiter is ``▁``. Tokens that are no
+symbol (unknown, sentence ends, characters our units lack) count as the blank: what cannot be written is not written.
+
+Their frames of 20 ms become ours of 40 ms in pairs: ``p = (v_a p_a + v_b p_b) / (v_a + v_b)``, v = 1 - p(blank). A
+plain mean would halve each spike, every second frame alone would lose half of them. What a pair cannot keep: the order
+of two symbols within it, and the one blank between two equal symbols. Sequence-level teaching may ask for 20 ms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apps.speech.features import SAMPLE_RATE
+from apps.speech.models.base import FRAME_MS
+from kdcore.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from apps.speech.units import Units
+
+# model_type in config.json -> (its configuration, its CTC model) in transformers; no other class is ever made
+MODELS = {
+    "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForCTC"),
+    "hubert": ("HubertConfig", "HubertForCTC"),
+    "wavlm": ("WavLMConfig", "WavLMForCTC"),
+}
+# one of their frames: samples from one to the next, and samples it hears
+HOP, WINDOW = 320, 400
+HF_FRAME_MS = 1000 * HOP // SAMPLE_RATE
+# attention needs memory by the square of the length
+MOST_SECONDS = 120
+# samples whose frame has a centre within the audio count as a feature frame
+_SHIFT = 160
+_LARGEST_JSON = 1 << 24
+_BOUNDARY = "▁"
+
+
+class HuggingFaceCtc(nn.Module):
+    """A pretrained CTC model that hears samples at 16 kHz and writes our units; made by ``from_folder``."""
+
+    kind: ClassVar[str] = "huggingface"
+    streaming: ClassVar[bool] = False
+    groups: Tensor
+
+    def __init__(self, model: PreTrainedModel, groups: Tensor, normalise: bool) -> None:
+        """Take a model, the ids of its tokens that make each of our classes (int64 [C, G], -1 behind the last), and
+        whether samples are brought to mean 0 and variance 1."""
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.register_buffer("groups", groups)
+        self.classes, self.normalise = len(groups), normalise
+        # a norm over time hears the padding: such models take utterances one at a time
+        self.batches = model.config.feat_extract_norm == "layer"
+
+    @classmethod
+    def from_folder(cls, path: str | Path, units: Units) -> HuggingFaceCtc:
+        """Return the teacher in a folder that ``save_pretrained`` of a model and its tokenizer wrote.
+
+        Raises:
+            UserError: no folder, a missing or malformed file, another kind of model, one without a CTC head, pickled
+                weights only, or a vocabulary that misses symbols of the units (named).
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: not a folder, wanted one with a Hugging Face model (config.json, model.safetensors)"
+            )
+        config = _config(folder)
+        normalise = _normalises(folder)
+        _check_weights(folder)
+        groups = _groups(folder, config, units.symbols)
+        return cls(_load(folder, config["model_type"]), groups, normalise)
+
+    def parameter_count(self) -> int:
+        """Return the number of weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def log_probs(self, samples: np.ndarray | Tensor, frame_ms: int = FRAME_MS) -> Tensor:
+        """Return log-posteriors float32 [T, C] of samples float32 [n] at 16 kHz, as many as an acoustic model gives.
+
+        With ``frame_ms=20`` there are twice as many: the model's own frames.
+        """
+        return self.batch_log_probs([samples], frame_ms)[0]
+
+    @torch.no_grad()
+    def batch_log_probs(self, samples: Sequence[np.ndarray | Tensor], frame_ms: int = FRAME_MS) -> list[Tensor]:
+        """Return the log-posteriors of several utterances, each as it is alone.
+
+        Raises:
+            ValueError: not float32 [n], values that are not finite, or a frame_ms other than 20 and 40.
+            UserError: an utterance longer than 120 s.
+        """
+        if frame_ms not in (HF_FRAME_MS, FRAME_MS):
+            raise ValueError(f"frame_ms: got {frame_ms}, wanted {HF_FRAME_MS} or {FRAME_MS}")
+        heard = [self._prepare(each) for each in samples]
+        results = [self.groups.new_zeros((0, self.classes), dtype=torch.float32) for _ in samples]
+        some = [at for at, each in enumerate(heard) if len(each)]
+        for batch in [some] if self.batches and some else [[at] for at in some]:
+            for at, rows in zip(batch, self._run([heard[at] for at in batch]), strict=True):
+                results[at] = self._ours(rows)
+        return [_pairs(each) for each in results] if frame_ms == FRAME_MS else results
+
+    def _prepare(self, samples: np.ndarray | Tensor) -> Tensor:
+        """Return what the model hears: normalised, then silence up to whole frames of 40 ms; nothing for no frames."""
+        if samples.ndim != 1 or samples.dtype not in (np.float32, torch.float32):
+            raise ValueError(f"samples: wanted float32 [n], got {samples.dtype} {list(samples.shape)}")
+        if len(samples) > MOST_SECONDS * SAMPLE_RATE:
+            got = len(samples) / SAMPLE_RATE
+            raise UserError(
+                f"audio of {got:.0f} s: a Hugging Face teacher hears at most {MOST_SECONDS} s at once; cut it"
+            )
+        # a copy, since an array may be read-only
+        wave = (samples if isinstance(samples, Tensor) else torch.tensor(samples)).to(self.groups.device)
+        if not torch.isfinite(wave).all():
+            raise ValueError("samples: got values that are not finite, wanted float32 in [-1, 1]")
+        # as many frames as the features of this audio become
+        frames = math.ceil(((len(wave) + _SHIFT // 2) // _SHIFT) / 4)
+        if not frames:
+            return wave[:0]
+        if self.normalise:
+            wave = (wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt()
+        size = 2 * frames * HOP + WINDOW - HOP
+        return nn.functional.pad(wave, (0, size - len(wave)))
+
+    def _run(self, waves: list[Tensor]) -> list[Tensor]:
+        """Return the model's logits [T, V] of each."""
+        counts = [(len(wave) - WINDOW) // HOP + 1 for wave in waves]
+        padded = nn.utils.rnn.pad_sequence(waves, batch_first=True)
+        sizes = torch.tensor([len(wave) for wave in waves], device=padded.device)
+        mask = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
+        # equal lengths need no mask, and models that norm over time were trained without one
+        logits = self.model(padded, attention_mask=None if bool(mask.all()) else mask.long()).logits
+        return [rows[:count].float() for rows, count in zip(logits, counts, strict=True)]
+
+    def _ours(self, logits: Tensor) -> Tensor:
+        """Return the log-posteriors [T, C] of our classes from logits [T, V] of its tokens."""
+        # the column of no token, -1, is at the end
+        known = nn.functional.pad(logits.log_softmax(-1), (0, 1), value=-math.inf)
+        return known[:, self.groups].logsumexp(-1)
+
+
+def _pairs(log_probs: Tensor) -> Tensor:
+    """Return one frame of [T / 2, C] for two: their mean by how much of each is no blank."""
+    pairs = log_probs.unflatten(0, (-1, 2)) if len(log_probs) else log_probs[:, None].expand(-1, 2, -1)
+    # log(1 - p(blank)), from the other classes: exact where the blank is all but certain
+    spoken = pairs[..., :-1].logsumexp(-1, keepdim=True).clamp(min=-80)
+    return (pairs + spoken.log_softmax(1)).logsumexp(1)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a folder."""
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise UserError(f"{file}: larger than {_LARGEST_JSON >> 20} MB, wanted a JSON file of settings")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return config.json, of a model that can teach."""
+    file = folder / "config.json"
+    config = _json(file)
+    kind = config.get("model_type")
+    if kind not in MODELS:
+        raise UserError(f"{file}: model_type: got {kind!r}, wanted one of {', '.join(MODELS)}")
+    if config.get("architectures") != [MODELS[kind][1]]:
+        raise UserError(
+            f"{file}: no CTC head: architectures: got {config.get('architectures')}, wanted ['{MODELS[kind][1]}']"
+        )
+    for name in ("quantization_config", "adapter_attn_dim", "auto_map"):
+        if config.get(name) is not None:
+            raise UserError(f"{file}: {name}: models with one are not read, wanted a plain {MODELS[kind][1]}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder / 'adapter_config.json'}: the folder holds an adapter, wanted a whole model")
+    strides, kernels = (
+        config.get("conv_stride", [5, 2, 2, 2, 2, 2, 2]),
+        config.get("conv_kernel", [10, 3, 3, 3, 3, 2, 2]),
+    )
+    for name, values in (("conv_stride", strides), ("conv_kernel", kernels)):
+        if not isinstance(values, list) or not all(type(each) is int and 0 < each <= HOP for each in values):
+            raise UserError(f"{file}: {name}: got {values!r}, wanted a list of whole numbers from 1 to {HOP}")
+    if (math.prod(strides), _window(kernels, strides)) != (HOP, WINDOW):
+        got = f"{math.prod(strides)} samples, of {_window(kernels, strides)}"
+        raise UserError(f"{file}: conv_stride, conv_kernel: got a frame each {got}, wanted {HOP}, of {WINDOW}")
+    return config
+
+
+def _window(kernels: list[int], strides: list[int]) -> int:
+    """Return the samples that one frame of a stack of convolutions hears."""
+    window = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
+        window = (window - 1) * stride + kernel
+    return window
+
+
+def _normalises(folder: Path) -> bool:
+    """Return whether samples are normalised; so they are where no file says otherwise, as in transformers."""
+    file = folder / "preprocessor_config.json"
+    if not file.exists():
+        return True
+    values = _json(file)
+    rate, normalise = values.get("sampling_rate", SAMPLE_RATE), values.get("do_normalize", True)
+    if rate != SAMPLE_RATE:
+        raise UserError(f"{file}: sampling_rate: got {rate!r}, wanted {SAMPLE_RATE}")
+    if not isinstance(normalise, bool):
+        raise UserError(f"{file}: do_normalize: got {normalise!r}, wanted true or false")
+    return normalise
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors, and an index that names files elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = _json(index).get("weight_map")
+        files = set(map(str, names.values())) if isinstance(names, dict) else set()
+        for name in sorted(files):
+            if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+                raise UserError(f"{index}: weight_map: got {name!r}, wanted safetensors files in its folder")
+        if files:
+            return
+    if not (folder / "model.safetensors").is_file():
+        pickled = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        why = (
+            f"only pickled weights ({pickled[0]}), which can run code; save them as"
+            if pickled
+            else "no weights, wanted"
+        )
+        raise UserError(f"{folder}: {why} model.safetensors")
+
+
+def _groups(folder: Path, config: dict[str, Any], symbols: Sequence[str]) -> Tensor:
+    """Return the ids of the tokens that make each symbol, and last the blank: int64 [C, G], -1 behind the last."""
+    file = folder / "vocab.json"
+    vocabulary = _json(file)
+    size, blank = config.get("vocab_size", 32), config.get("pad_token_id", 0)
+    if not all(type(each) is int for each in vocabulary.values()):
+        raise UserError(f"{file}: wanted ids by token, as of one language")
+    settings = folder / "tokenizer_config.json"
+    delimiter = (_json(settings) if settings.exists() else {}).get("word_delimiter_token", "|")
+    places = {symbol: at for at, symbol in enumerate(symbols)}
+    found: list[list[int]] = [[] for _ in symbols]
+    silent = set(range(size)) if type(size) is int and 0 < size <= len(vocabulary) + 1024 else set()
+    if blank not in silent:
+        raise UserError(f"{folder / 'config.json'}: pad_token_id, the blank: got {blank!r} of vocab_size {size!r}")
+    for token, number in vocabulary.items():
+        name = _BOUNDARY if token == delimiter else token
+        place = next((places[each] for each in (name, name.lower(), name.upper()) if each in places), None)
+        if place is not None and number in silent and number != blank:
+            found[place].append(number)
+            silent.remove(number)
+    missing = [symbol for symbol, ids in zip(symbols, found, strict=True) if not ids]
+    if missing:
+        names = " ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        raise UserError(f"{file}: has no token for {len(missing)} of the {len(symbols)} symbols: {names}")
+    rows = [*found, sorted(silent)]
+    most = max(map(len, rows))
+    return torch.tensor([row + [-1] * (most - len(row)) for row in rows])
+
+
+def import_transformers() -> ModuleType:
+    """Return transformers with the models of ``MODELS`` at hand.
+
+    It imports torchaudio where there is one. That of PyPI is built for CUDA and cannot be loaded beside a torch for
+    CPUs, so it is out of sight then; these models need nothing of it.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    hidden = torch.version.cuda is None and "torchaudio" not in sys.modules
+    if hidden:
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+    try:
+        transformers = importlib.import_module("transformers")
+        for names in MODELS.values():
+            for name in names:
+                getattr(transformers, name)  # imported when it is first asked for
+    except ModuleNotFoundError as error:
+        raise UserError(f"a Hugging Face teacher needs transformers: {error}; pip install 'transformers>=5'") from None
+    finally:
+        if hidden:
+            del sys.modules["torchaudio"]
+    return transformers
+
+
+def _load(folder: Path, kind: str) -> PreTrainedModel:
+    """Return the model with its weights, all of them from the folder."""
+    transformers = import_transformers()
+    config_class, model_class = (getattr(transformers, name) for name in MODELS[kind])
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = config_class.from_pretrained(folder, local_files_only=True)
+        model, report = model_class.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds, all about what is in the files
+        raise UserError(f"{folder}: the model cannot be read: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    missing = sorted(report["missing_keys"])
+    if missing:
+        head = "no CTC head: " if any(name.startswith("lm_head") for name in missing) else ""
+        raise UserError(f"{folder}: {head}{len(missing)} weights are missing, {missing[0]} for one")
+    return model.float()

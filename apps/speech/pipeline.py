@@ -1,0 +1,259 @@
+"""A speech run from recordings to report: prepare, teach, distill, evaluate; every stage resumable.
+
+Stages are skipped when their output is there and belongs to this very configuration, so the same command after
+Ctrl-C or ``kill -9`` goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from apps.speech import fitting
+from apps.speech.checks import check_config
+from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
+from apps.speech.distill import Lessons
+from apps.speech.knowledge import needs, term
+from apps.speech.models import AcousticModel
+from apps.speech.models.ensemble import Member
+from apps.speech.models.huggingface import HuggingFaceCtc
+from apps.speech.models.store import load_model, save_model
+from apps.speech.prepared import Prepared, prepare
+from apps.speech.teachers import Teacher, teacher_lessons
+from kdcore import processes
+from kdcore.config import UserError, build, read_yaml, resolved
+from kdcore.run import RunDirectory, belongs, deploy_model, fingerprint, gather_logs, provenance, read_json, write_json
+from kdcore.teaching import Term
+
+Announce = Callable[[str], None]
+ROLES = ("teacher", "student_alone", "student")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fitted model of one seed: where it is and what it is."""
+
+    role: str
+    folder: Path
+    seed: int
+
+
+class Pipeline:
+    """Runs the stages of a configuration in a run directory."""
+
+    def __init__(self, config: SpeechConfig, out: str | os.PathLike[str], announce: Announce = lambda text: None):
+        check_config(config)
+        if Path(out).exists() and not Path(out).is_dir():
+            raise UserError(f"--out: {out} is a file, wanted a folder for the run")
+        self.config, self.announce = config, announce if processes.is_first_process() else lambda text: None
+        self.run = RunDirectory(Path(out))
+
+    @classmethod
+    def reopen(cls, out: str | os.PathLike[str], announce: Announce = lambda text: None) -> Pipeline:
+        """Return the pipeline of an existing run; UserError if there is none."""
+        file = Path(out) / "config.yaml"
+        if not file.exists():
+            raise UserError(f"{out}: no run here (config.yaml is missing)")
+        return cls(build(SpeechConfig, read_yaml(file), str(file)), out, announce)
+
+    # -- prepare ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The data of the run, read and checked at the first call; configuration and provenance are written then."""
+        with processes.first_process_first():
+            known = self.run.refuse_other(resolved(self.config))
+            found = prepare(self.config, self.run.path, self.announce)
+            if not known:
+                self.run.write_config(resolved(self.config))
+            if not (self.run.path / "provenance.json").exists():
+                about = provenance(
+                    seeds=self.config.seeds,
+                    data={"name": Path(self.config.data.path).name, "fingerprint": found.fingerprint},
+                    simulated=found.simulated,
+                )
+                write_json(self.run.path / "provenance.json", about)
+        return found
+
+    # -- teach -----------------------------------------------------------------------------------------------------
+
+    def teach(self, seed: int) -> Teacher:
+        """Fit the teacher of a seed, or all members of it, or load them."""
+        config = self.config.teacher
+        own = seed if config.seed is None else config.seed
+        folder = self._folder("teacher", own)
+        if not config.members:
+            return self._member(config, own, folder, [])
+        members: list[Teacher] = []
+        for index, member in enumerate(config.members):
+            members.append(self._member(member, own, folder / f"member-{index}", members))
+        return Teacher([each.models[0] for each in members], [each.members[0] for each in members], config.by)
+
+    def _member(self, config: MemberConfig, seed: int, folder: Path, before: Sequence[Teacher]) -> Teacher:
+        if config.path:
+            listener = HuggingFaceCtc.from_folder(config.path, self.prepared.units)
+            weights = fingerprint((Path(config.path) / "model.safetensors").read_bytes())
+            return Teacher([listener], [Member(weights, self.prepared.units.symbols)])
+        views = list(dict.fromkeys(pair.teacher for pair in self.config.views))
+        guide = before[0] if config.guided and before else None
+        key = self._key("teacher", seed, {"model": resolved(config), "guide": guide.fingerprint if guide else ""})
+        lessons, terms = None, _no_terms
+        if guide is not None:
+            lessons = self._lessons([(guide, view) for view in views], seed, {"guided": {}})
+
+            def terms(model: AcousticModel) -> Sequence[Term]:
+                return [term("guided", {}, config.guided, blank=model.classes - 1)]
+
+        self._fit("teacher", seed, key, config, folder, views, terms=terms, lessons=lessons)
+        return _as_teacher(folder)
+
+    def _lessons(
+        self, teachers: Sequence[tuple[Teacher, str]], seed: int | None, given: dict[str, dict[str, Any]]
+    ) -> Lessons:
+        wanted = needs(given)
+        return teacher_lessons(
+            teachers,
+            self.prepared,
+            self._root(seed) / "teacher_cache",
+            posteriors=wanted.posteriors,
+            hidden=wanted.hidden,
+            n_best=wanted.n_best,
+            cuts=wanted.cuts,
+        )
+
+    # -- distill ---------------------------------------------------------------------------------------------------
+
+    def distill(self, seed: int) -> None:
+        """Fit the student alone and the taught student of a seed."""
+        views = [pair.student for pair in self.config.views]
+        config = alone_config(self.config)
+        key = self._key("student_alone", seed, resolved(config))
+        self._fit("student_alone", seed, key, config, self._folder("student_alone", seed), views, labelled=True)
+        self._student(seed)
+
+    def _student(self, seed: int) -> None:
+        config, teacher = self.config.student, self.teach(seed)
+        given = {name: dict(each.options) for name, each in self.config.knowledge.items()}
+        settings = {
+            "student": resolved(config),
+            "knowledge": {name: resolved(each) for name, each in self.config.knowledge.items()},
+            "teacher": teacher.fingerprint,
+            "combine": self.config.teacher.combine,
+        }
+        key = self._key("student", seed, settings)
+        folder = self._folder("student", seed)
+        if processes.agree(belongs(folder, key)):
+            return
+        pairs = [(pair.student, pair.teacher) for pair in self.config.views]
+        who = [teacher]
+        if self.config.teacher.combine == "switched" and len(teacher.models) > 1:
+            # a view for each teacher: every epoch an utterance is taught by one of them, drawn with its view
+            who = [teacher.alone(index) for index in range(len(teacher.models))]
+        heard = [(student, view, each) for student, view in pairs for each in who]
+
+        def terms(model: AcousticModel) -> Sequence[Term]:
+            widths = (model.head.in_features, teacher.hidden)
+            return [
+                term(name, each.options, each.weight, blank=model.classes - 1, widths=widths)
+                for name, each in self.config.knowledge.items()
+            ]
+
+        shared = seed if self.config.teacher.seed is None else None
+        lessons = self._lessons([(each, view) for _, view, each in heard], shared, given)
+        hidden = needs(given).hidden
+        views = [student for student, _, _ in heard]
+        self._fit("student", seed, key, config, folder, views, terms=terms, lessons=lessons, hidden=hidden)
+
+    def _fit(
+        self,
+        role: str,
+        seed: int,
+        key: str,
+        config: ModelConfig,
+        folder: Path,
+        views: Sequence[str],
+        *,
+        labelled: bool = False,
+        **taught: Any,
+    ) -> None:
+        """Fit and store the model of a cell if it is not there; ``labelled`` leaves out the rows without a text."""
+        if processes.agree(belongs(folder, key)):
+            return
+        prepared = self.prepared
+        data = prepared.training(views)
+        if labelled or role == "teacher":
+            data = replace(data, rows=data.rows[[data.labels[row] is not None for row in data.rows]])
+        valid = prepared.store("valid", self.config.test_view)
+        self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind})")
+        fitted = fitting.fit_model(
+            config,
+            data,
+            prepared.store("train", views[0]).statistics(),
+            fitting.validator(valid, prepared.texts("valid"), prepared.units),
+            prepared.units,
+            seed=seed,
+            folder=folder.with_name(f"{folder.name}.checkpoints"),
+            key=key,
+            context={"role": role, "model": config.kind, "seed": seed},
+            labels=self.config.student.labels if role == "student" else 1.0,
+            **taught,
+        )
+        if processes.is_first_process():
+            save_model(
+                fitted.model,
+                prepared.units,
+                folder,
+                key=key,
+                train_seconds=round(fitted.seconds, 3),
+                train_cpu_seconds=round(fitted.cpu_seconds, 3),
+                epochs=fitted.epochs,
+                updates=fitted.updates,
+                validation=fitted.validation,
+            )
+        processes.barrier()
+
+    def _key(self, role: str, seed: int, settings: dict[str, Any]) -> str:
+        about = {"views": resolved(self.config)["views"], "test_view": self.config.test_view}
+        return fingerprint(role, str(seed), self.prepared.fingerprint, {**settings, **about})
+
+    def _root(self, seed: int | None) -> Path:
+        return self.run.path / "seeds" / ("shared" if seed is None else str(seed))
+
+    def _folder(self, role: str, seed: int) -> Path:
+        shared = role == "teacher" and self.config.teacher.seed is not None
+        return self._root(None if shared else seed) / role
+
+    def cells(self, seed: int) -> list[Cell]:
+        """Return the models of a seed in the order of the report's table."""
+        return [Cell(role, self._folder(role, seed), seed) for role in ROLES]
+
+    # -- after the evaluation --------------------------------------------------------------------------------------
+
+    def gather_log(self) -> None:
+        """Write the epochs of all models, in the order of the table, as the run's log."""
+        gather_logs(sorted(self.run.path.glob("seeds/**/*.checkpoints/log.jsonl")), self.run.path / "log.jsonl")
+
+    def deploy(self) -> int:
+        """Copy the models of the seed whose student validates best to the top of the run; return that seed."""
+        metric = self.config.student.trainer.monitor
+        rows = [row for row in self.run.read_metrics() if row["role"] == "student" and row["split"] == "valid"]
+        best = min(rows, key=lambda row: row["metrics"][metric])["seed"]
+        with processes.first_process_first():
+            if processes.is_first_process():
+                for role in ROLES:
+                    deploy_model(self._folder(role, best), self.run.path / role)
+        return int(best)
+
+
+def _no_terms(model: AcousticModel) -> Sequence[Term]:
+    return ()
+
+
+def _as_teacher(folder: Path) -> Teacher:
+    model, units = load_model(folder)
+    name = fingerprint((folder / "model.safetensors").read_bytes())
+    return Teacher([model], [Member(name, units.symbols, error=read_json(folder / "model.json")["validation"]["wer"])])

@@ -1,0 +1,130 @@
+"""The prepared data of a run: its parts as manifests, the units, and features of every view, in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apps.speech.config import SpeechConfig
+from apps.speech.data.formats import read_corpus
+from apps.speech.data.manifest import write_manifest
+from apps.speech.data.parts import Parts, read_parts, spellable
+from apps.speech.data.store import FeatureStore, build_store
+from apps.speech.data.utterance import Corpus
+from apps.speech.distill import Utterances
+from apps.speech.units import Units, train_sentencepiece
+from apps.speech.views import parse_view
+from kdcore.run import fingerprint, read_json, write_json
+
+# utterances of training, then those without a text: one list of rows
+TRAINING = ("train", "unlabelled")
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Corpora by part, units, and the folder where features are kept."""
+
+    folder: Path
+    corpora: dict[str, Corpus]
+    units: Units
+    counts: dict[str, int]
+    simulated: bool = False
+    announce: Announce = lambda text: None
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Return what each part holds: utterances, hours, speakers, words, and what was left out of it."""
+        rows = []
+        for part, corpus in self.corpora.items():
+            words = sum(len((each.text or "").split()) for each in corpus.utterances)
+            left_out = {name.removeprefix(f"{part}: "): n for name, n in self.counts.items() if name.startswith(part)}
+            row: dict[str, Any] = {"part": part, "utterances": len(corpus), "hours": round(corpus.seconds / 3600, 3)}
+            row |= {"speakers": len({each.speaker for each in corpus.utterances}), "words": words}
+            rows.append({**row, "left out": ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"})
+        return rows
+
+    @property
+    def fingerprint(self) -> str:
+        """What the data is: every row of every part, and the units."""
+        return fingerprint(*(corpus.fingerprint for corpus in self.corpora.values()), {"units": self.units.symbols})
+
+    def texts(self, part: str) -> list[str]:
+        """Return the normalised texts of a part, empty where there is none."""
+        return [each.text or "" for each in self.corpora[part].utterances]
+
+    def store(self, parts: str | Sequence[str], view: str, seed: int = 0) -> FeatureStore:
+        """Return the features of one part or of several, one after the other, in a view; computed at the first call."""
+        corpora = [self.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
+        heard, count = parse_view(view), sum(map(len, corpora))
+
+        def audio() -> Iterator[np.ndarray]:
+            for corpus in corpora:
+                for utterance in corpus.utterances:
+                    yield heard.apply(corpus.load(utterance), utterance.id, seed)
+
+        def progress(done: int, total: int) -> None:
+            if done % 200 == 0 or done == total:
+                self.announce(f"features of view {heard.name}: {done} of {total}")
+
+        name = fingerprint(*(corpus.fingerprint for corpus in corpora), {"view": heard.name, "seed": seed})
+        return build_store(self.folder / "features" / name, name, audio(), count, progress)
+
+    def samples(self, parts: str | Sequence[str], view: str, rows: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+        """Return the samples float32 [n] of rows of one part, or of several one after the other, in a view."""
+        corpora = [self.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
+        all_of = [(corpus, utterance) for corpus in corpora for utterance in corpus.utterances]
+        heard = parse_view(view)
+        return [heard.apply(all_of[row][0].load(all_of[row][1]), all_of[row][1].id, seed) for row in rows]
+
+    @property
+    def training_parts(self) -> list[str]:
+        """The parts that are trained on, in the order of their rows."""
+        return [part for part in TRAINING if part in self.corpora]
+
+    def training(self, views: Sequence[str], seed: int = 0) -> Utterances:
+        """Return the training rows in some views; those without a text follow those with one."""
+        parts = self.training_parts
+        labels = [
+            None if each.text is None else self.units.encode(each.text)
+            for part in parts
+            for each in self.corpora[part].utterances
+        ]
+        return Utterances([self.store(parts, view, seed) for view in views], labels, np.arange(len(labels)))
+
+
+def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text: None) -> Prepared:
+    """Return the data of a run; it is read and checked at the first call and kept in the run's folder."""
+    file = folder / "data" / "data.json"
+    if not file.exists():
+        _write(config, folder / "data", read_parts(config.data, announce))
+    about = read_json(file)
+    corpora = {part: read_corpus(folder / "data" / f"{part}.jsonl") for part in about["parts"]}
+    return Prepared(folder, corpora, Units.load(folder / "data"), about["left_out"], about["simulated"], announce)
+
+
+def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
+    texts = [each.text for each in parts["train"].utterances if each.text]
+    kind = config.units
+    units = Units.of_characters(texts) if kind.kind == "characters" else train_sentencepiece(texts, kind.size)
+    corpora, short = {}, []
+    for part, corpus in parts.corpora.items():
+        # test and validation texts are compared as words: what the units cannot write counts as errors
+        if part == "train":
+            corpus, problems = spellable(corpus, units, config.data.text, skip_bad=config.data.skip_bad)
+            short += problems
+        corpora[part] = corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    units.save(folder)
+    for part, corpus in corpora.items():
+        write_manifest(folder / f"{part}.jsonl", corpus)
+    left_out = Parts(corpora).left_out
+    problems = [problem for corpus in corpora.values() for problem in corpus.problems] + short
+    # last: its presence says that the data is whole
+    write_json(
+        folder / "data.json",
+        {"parts": list(corpora), "left_out": left_out, "problems": problems[:50], "simulated": parts.simulated},
+    )

@@ -1,0 +1,75 @@
+"""Ways of teaching: their terms against the losses they stand for, and what they need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apps.speech.knowledge import KNOWLEDGE, DelayedHint, delayed_spikes, knowledge_options, needs, term
+from apps.speech.lessons import Cuts, NBest
+from kdcore import losses
+from kdcore.config import UserError
+from kdcore.teaching.terms import Terms
+
+LENGTHS = torch.tensor([9, 6])
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, 9, 5), torch.randn(2, 9, 5)
+
+
+def test_frame_is_kdcores_loss_with_its_options() -> None:
+    student, teacher = pair()
+    given = {"delay": 1, "window": 2, "temperature": 2.0, "blank_threshold": 0.6, "blank_weight": 0.1}
+    terms = Terms([term("frame", given, 3.0, blank=4)])
+    got = terms({"student": student, "teacher": teacher, "lengths": LENGTHS})["frame"]
+    torch.testing.assert_close(got, losses.frame_ctc(student, teacher, LENGTHS, blank=4, reduction="sum", **given))
+    assert terms.weights == {"frame": 3.0}
+
+
+def test_spikes_are_wanted_after_the_delay() -> None:
+    teacher = torch.full((1, 6, 3), -9.0)
+    teacher[..., 2] = 9.0
+    teacher[0, 1] = torch.tensor([9.0, -9.0, -9.0])
+    late = teacher.roll(2, 1)
+    lengths = torch.tensor([6])
+    values = [float(delayed_spikes(each, teacher, lengths, delay=2, blank=2)) for each in (late, teacher)]
+    assert values[0] == pytest.approx(-1.0, abs=1e-3) and values[1] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_hint_compares_a_frame_with_the_teachers_earlier_one() -> None:
+    hint = DelayedHint(3, 3, delay=2)
+    torch.nn.init.eye_(hint.project.weight)
+    torch.nn.init.zeros_(hint.project.bias)
+    teacher = torch.randn(2, 9, 3)
+    student = teacher.roll(2, 1)
+    assert float(hint(student, teacher, LENGTHS)) == pytest.approx(0.0, abs=1e-6)
+    student[1, 6:] += 5  # behind the second utterance's end
+    assert float(hint(student, teacher, LENGTHS)) == pytest.approx(0.0, abs=1e-6)
+    student[0, 5] += 1.0
+    assert float(hint(student, teacher, LENGTHS, reduction="sum")) == pytest.approx(0.5 / 7, rel=1e-5)
+
+
+def test_needs_are_those_of_all() -> None:
+    wanted = needs({"sequence": {"count": 2, "beam": 8}, "frame": {}, "hint": {}})
+    assert wanted.posteriors and wanted.hidden and wanted.n_best == NBest(2, 8) and wanted.cuts is None
+    assert needs({"segment": {"least": 5, "delay": 1}}).cuts == Cuts(5, 0.95, 1)
+    with pytest.raises(UserError, match="sequence or segment, not both"):
+        needs({"sequence": {}, "segment": {}})
+
+
+def test_unknown_names_and_options_are_told() -> None:
+    with pytest.raises(UserError, match=r"unknown 'sequnce'.*sequence"):
+        knowledge_options("sequnce", {})
+    with pytest.raises(UserError, match=r"knowledge\.frame\.options"):
+        knowledge_options("frame", {"dealy": 1})
+    with pytest.raises(ValueError, match="1 <= count <= beam"):
+        needs({"sequence": {"count": 9, "beam": 4}})
+
+
+@pytest.mark.parametrize("name", sorted(KNOWLEDGE))
+def test_every_way_makes_a_term(name: str) -> None:
+    made = term(name, {}, 0.5, blank=4, widths=(6, 7))
+    assert made.name == name and made.weight == 0.5
+    Terms([made])

@@ -1,0 +1,164 @@
+"""Whole runs, small: every recipe trains and its terms act; stages resume, and damaged runs say so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.numpy import load_file
+
+from apps.speech.checks import check_config
+from apps.speech.config import load_config, read_recipe, recipe_names
+from apps.speech.measure import evaluate, shown_utterance
+from apps.speech.models.store import load_model
+from apps.speech.pipeline import Pipeline
+from data_scripts.simulate_speech import simulate
+from kdcore.config import UserError, dump_yaml
+from kdcore.report import write_report
+from kdcore.run import read_json, read_log
+
+TRAINER = {"max_epochs": 1, "patience": 0, "monitor": "cer", "mode": "min", "threads": 1, "tensorboard": False}
+TEACHER = {"options": {"channels": [2, 4], "width": 16, "hidden": 16, "layers": 1}, "trainer": TRAINER}
+STUDENT = {"options": {"channels": [2, 4], "width": 16, "hidden": 16, "convolutions": 1, "layers": 1}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some seconds of simulated speech."""
+    return simulate(tmp_path_factory.mktemp("speech") / "data", utterances=36)
+
+
+def small(recipe: str, source: Path, folder: Path, **changes: Any) -> Pipeline:
+    """Return a run of a recipe with tiny models and one epoch."""
+    values = read_recipe(recipe)
+    teacher = values["teacher"]
+    sizes = [
+        {**member, **TEACHER, "optimization": {"batch_frames": 1500}} for member in teacher.get("members", [teacher])
+    ]
+    values["teacher"] = {**teacher, "members": sizes} if "members" in teacher else sizes[0]
+    options = {**values["student"]["options"]} if recipe == "lstm_to_cnn" else {}
+    smaller = {"width": 16, "convolutions": 2, "layers": 0, "kernel": 3} if options else STUDENT["options"]
+    values["student"] = {
+        **values["student"],
+        "options": smaller,
+        "trainer": TRAINER,
+        "optimization": {"batch_frames": 1500},
+    }
+    values["views"] = values["views"][:2]
+    values["decode"] = {"beam": 4, "lm_weights": [1.0], "word_scores": [0.0]}
+    values["data"] = {"path": str(source)}
+    file = folder / "config.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(dump_yaml({**values, **changes}), encoding="utf-8")
+    return Pipeline(load_config(file=file), folder / "run")
+
+
+def run(pipeline: Pipeline) -> list[dict[str, Any]]:
+    for seed in pipeline.config.seeds:
+        pipeline.teach(seed)
+        pipeline.distill(seed)
+    rows = evaluate(pipeline)
+    pipeline.deploy()
+    write_report(pipeline.run.path)
+    return rows
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_runs_and_its_terms_act(recipe: str, data: Path, tmp_path: Path) -> None:
+    pipeline = small(recipe, data, tmp_path)
+    rows = run(pipeline)
+    assert [(row["role"], row["split"]) for row in rows] == [
+        (role, part) for role in ("teacher", "student_alone", "student") for part in ("valid", "test")
+    ]
+    assert all(0 <= row["metrics"]["wer"] <= 3 and row["metrics"]["real_time_factor"] > 0 for row in rows)
+    events = [event for event in read_log(tmp_path / "run" / "log.jsonl") if event["event"] == "epoch"]
+    taught = [event["terms"] for event in events if event["role"] == "student"]
+    alone = [event["terms"] for event in events if event["role"] == "student_alone"]
+    assert set(taught[0]) == {"ctc", *pipeline.config.knowledge} and set(alone[0]) == {"ctc"}
+    assert all(np.isfinite(value) and value != 0 for value in taught[0].values())
+    one, other = (load_file(tmp_path / "run" / role / "model.safetensors") for role in ("student", "student_alone"))
+    assert any(not np.array_equal(one[name], other[name]) for name in one)
+    model, units = load_model(tmp_path / "run" / "student")
+    assert model.streaming and units.blank == pipeline.prepared.units.blank
+    assert shown_utterance(pipeline).count("\n") >= 3
+    assert read_json(tmp_path / "run" / "provenance.json")["simulated"] is True
+
+
+def test_recipes_say_what_they_are() -> None:
+    for name in recipe_names():
+        values = read_recipe(name)
+        assert values["recipe"] == name and values["title"] and values["reference"]
+        check_config(load_config(recipe=name, overrides=[("data.path", "x")]))
+
+
+def test_stages_are_kept_and_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
+    pipeline = small("ctc_sequence_level", data, tmp_path)
+    first = run(pipeline)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/seeds/**/model.safetensors")}
+    assert len(times) == 3
+    again = run(Pipeline.reopen(tmp_path / "run"))
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert [row["metrics"]["wer"] for row in again] == [row["metrics"]["wer"] for row in first]
+    with pytest.raises(UserError, match=r"holds a run with other settings \(seeds\)"):
+        _ = small("ctc_sequence_level", data, tmp_path, seeds=[1]).prepared
+
+
+def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_path: Path) -> None:
+    pipeline = small("ctc_sequence_level", data, tmp_path)
+    config = load_config(
+        file=tmp_path / "config.yaml", overrides=[("data.unlabelled", json.dumps(str(data / "valid.jsonl")))]
+    )
+    pipeline = Pipeline(config, tmp_path / "run")
+    pipeline.teach(0)
+    pipeline.distill(0)
+    rows = pipeline.prepared.training(["clean"])
+    assert rows.labels[-1] is None and rows.labels[0] is not None
+    about = {
+        role: read_json(tmp_path / "run" / "seeds" / "0" / role / "model.json") for role in ("student", "student_alone")
+    }
+    assert about["student"]["updates"] > about["student_alone"]["updates"]
+
+
+def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    broken = tmp_path / "data" / rows[0]["audio_filepath"]
+    broken.write_bytes(broken.read_bytes()[:2000])
+    soundfile.write(tmp_path / "data" / rows[1]["audio_filepath"], np.zeros(800, np.float32), 16_000)
+    rows[1] = {**rows[1], "text": "a text that is longer than its frames", "duration": 0.05}
+    rows[2] = {**rows[2], "text": "..."}
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rows[0]["id"]):
+        _ = small("ctc_sequence_level", tmp_path / "data", tmp_path / "strict").prepared
+    values = {"data": {"path": str(tmp_path / "data"), "skip_bad": True}}
+    prepared = small("ctc_sequence_level", tmp_path / "data", tmp_path / "skipping", **values).prepared
+    left_out = prepared.statistics()[0]["left out"]
+    assert "1 bad audio" in left_out and "1 longer text than frames" in left_out and "1 no word" in left_out
+    assert len(prepared.corpora["train"]) == len(rows) - 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knowledge": {}}, "knowledge: wanted at least one"),
+        ({"knowledge": {"sequnce": {}}}, "nearest|sequence"),
+        ({"views": [{"student": "speed:0.9", "teacher": "clean"}]}, "not of one length"),
+        ({"views": []}, "at least one pair"),
+        ({"seeds": [0, 0]}, "distinct seeds"),
+        ({"student": {"kind": "bilstm", "options": {}}}, "wanted a model that streams"),
+        ({"student": {"kind": "conv_rnn", "options": {"size": "smal"}}}, "small"),
+        ({"teacher": {"guided": 1.0}}, "a member after the first"),
+        ({"test_view": "nois:0:10"}, "noise"),
+        ({"student": {"trainer": {"monitor": "loss", "mode": "min"}}}, "wanted wer or cer"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_at_once(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        small("ctc_sequence_level", tmp_path, tmp_path, **change)
