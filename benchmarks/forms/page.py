@@ -11,15 +11,20 @@ NAMES = {"digits": "digits (8 x 8)", "mnist": "MNIST t10k (14 x 14)"}
 def page(result: Mapping[str, Any]) -> str:
     """Return the page as Markdown."""
     parts = result["data"]
-    seeds, strengths = len(result["seeds"]), ", ".join(f"{each:g}" for each in result["strengths"])
+    seeds, of_ways, strengths = (
+        len(result["seeds"]),
+        len(result["seeds_of_ways"]),
+        ", ".join(f"{each:g}" for each in result["strengths"]),
+    )
     command = " ".join(result["provenance"]["command"])
     lines = [
         "# Which knowledge is best, and where?",
         "",
         f"Generated from `benchmarks/results/knowledge_forms.json`; `{command}` makes both.",
         "",
-        f"One small pair of networks, {seeds} seeds: a split and first weights each. A student has the same first",
-        "weights, batches and updates with and without a teacher. Without one it got the best of three learning rates",
+        f"One small pair of networks, {seeds} seeds ({of_ways} for ways of teaching): a split and first weights each. A",
+        "student has the same first weights, batches and updates with and without a teacher, and learns to its end (its",
+        "learning rate falls as a cosine to 0). Without a teacher it got the best of three learning rates",
         "by validation, and what is taught uses that rate; a form's strength is the best of",
         f"{strengths} times the size of the cross-entropy, by validation on two seeds; test rows chose nothing.",
         "Intervals are 95 %, paired by seed; **helps** and **harms** mean that the interval leaves out zero. Among so",
@@ -97,7 +102,7 @@ def _table(parts: Mapping[str, Any], what: str, cells: Any, head: list[str]) -> 
         titles += [f"{data} alone", "taught", "difference", ""]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     tables = {data: {row["name"]: row for row in part[what]} for data, part in parts.items()}
-    for row in next(iter(parts.values()))[what]:
+    for row in next(part[what] for part in parts.values() if part[what]):
         line = cells(row)
         for table in tables.values():
             line += _difference(table[row["name"]]) if row["name"] in table else ["", "", "", ""]

@@ -145,8 +145,9 @@ def test_the_page_says_what_the_intervals_say() -> None:
     rows = [row("soft_targets", 0.02, 0.01), row("bpr", -0.03, 0.01), row("hint", 0.01, 0.02)]
     way = {**rows[0], "name": "mutual_learning", "metric": "accuracy", "control": "student alone"}
     part = {"losses": rows, "ways": [way], "learning_rates": {"alone": 0.01, "strips alone": 0.01}}
-    about = {"seeds": [0, 1], "strengths": [0.1, 2.0], "provenance": {"command": ["python", "x"]}}
+    about = {"seeds": [0, 1], "seeds_of_ways": [0], "strengths": [0.1, 2.0], "provenance": {"command": ["python", "x"]}}
     text = page({**about, "data": {"digits": part}})
+    assert "2 seeds (1 for ways of teaching)" in text
     assert [verdict(each["difference"]) for each in rows] == ["helps", "harms", "-"]
     assert "* Help here: `soft_targets`." in text and "* Harm here: `bpr`." in text
     assert "| `soft_targets` | response | 90.0 | 92.0 | +2.0 [+1.0, +3.0] | **helps** |" in text

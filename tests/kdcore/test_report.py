@@ -343,6 +343,8 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
     slices = {"metric": evil, "slices": [item]}
     run_with(folder, found, comparisons=[comparison], slices=slices, provenance=provenance)
     RunDirectory.open(folder).write_config({evil: evil})
+    examples = {"title": evil, "blocks": [{"title": evil, "text": evil}]}
+    (folder / "examples.json").write_text(json.dumps(examples), encoding="utf-8")
     event = {"event": "epoch", "role": evil, "model": evil, "seed": evil, "epoch": 1}
     log = json.dumps(event | {"terms": {evil: 1.0}, "validation": {evil: 0.5}})
     (folder / "log.jsonl").write_text(log + "\n", encoding="utf-8")
@@ -357,6 +359,15 @@ def test_missing_pieces_are_absent_with_a_word(tmp_path: Path) -> None:
     for word in ("No training log", "No slices were measured", "command was not recorded", "No configuration"):
         assert word in page.text
     assert "Simulated" not in page.text
+
+
+def test_examples_are_shown_as_they_are(tmp_path: Path) -> None:
+    folder = run_with(tmp_path, exact_rows(GOOD))
+    assert "<pre" not in write_report(folder).read_text(encoding="utf-8").split("What was run")[0]
+    blocks = [{"title": "an251: 1 of 2 words", "text": "REF: yes no\nHYP: yes **\n         D"}]
+    (folder / "examples.json").write_text(json.dumps({"title": "Worst", "blocks": blocks}), encoding="utf-8")
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "<h2>Worst</h2>" in text and "<pre>REF: yes no\nHYP: yes **\n         D</pre>" in text
 
 
 def test_a_run_in_progress_has_curves_and_no_results(tmp_path: Path) -> None:
@@ -393,6 +404,7 @@ def test_a_model_far_off_is_named_and_not_drawn() -> None:
         ("metrics.json", "[1,\n2,]", "line 2"),
         ("metrics.json", "{}", "wanted list"),
         ("slices.json", '{"metric": "x", "slices": [{}]}', "slice 1: 'axis' is missing"),
+        ("examples.json", '{"title": "x", "blocks": [{"text": "y"}]}', "block 1: 'title' is missing"),
         ("comparisons.json", '[{"metric": "x", "a": {}, "b": {}, "difference": 0}]', "entry 1, a: 'role' is missing"),
         ("config.yaml", "a: [", "not YAML"),
     ],

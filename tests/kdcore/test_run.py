@@ -21,7 +21,10 @@ from kdcore.run import (
     EventLog,
     RunDirectory,
     atomic_path,
+    belongs,
+    deploy_model,
     fingerprint,
+    gather_logs,
     metric_row,
     provenance,
     read_json,
@@ -225,6 +228,41 @@ def test_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     (run.path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml, line 1"):
         run.read_config()
+
+
+def test_a_folder_with_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    assert run.refuse_other({"a": 1}) is False
+    run.write_config({"a": {"b": 1, "c": 2}, "d": 3})
+    assert run.refuse_other({"d": 3, "a": {"c": 2, "b": 1}}) is True
+    with pytest.raises(UserError, match=r"other settings \(a\.c, e\); choose another --out"):
+        run.refuse_other({"a": {"b": 1, "c": 5}, "d": 3, "e": 1})
+
+
+def test_a_deployed_model_is_whole_and_kept_while_it_is_the_same(tmp_path: Path) -> None:
+    source, target = tmp_path / "seeds" / "0", tmp_path / "student"
+    source.mkdir(parents=True)
+    (source / "weights").write_text("one")
+    write_json(source / "model.json", {"key": "one"})
+    assert belongs(source, "one") and not belongs(source, "two") and not belongs(target, "one")
+    deploy_model(source, target)
+    (target / "mark").touch()
+    deploy_model(source, target)
+    assert (target / "mark").exists()
+    (source / "weights").write_text("two")
+    write_json(source / "model.json", {"key": "two"})
+    deploy_model(source, target)
+    assert (target / "weights").read_text() == "two" and not (target / "mark").exists()
+    (target / "model.json").unlink()  # torn by a kill
+    deploy_model(source, target)
+    assert belongs(target, "two") and sorted(each.name for each in tmp_path.iterdir()) == ["seeds", "student"]
+
+
+def test_logs_are_gathered_in_order_without_what_is_torn(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text('{"event": "epoch", "epoch": 0}\n{"event": "to')
+    (tmp_path / "b").write_text('{"event": "epoch", "epoch": 1}\n')
+    gather_logs([tmp_path / "b", tmp_path / "a", tmp_path / "none"], tmp_path / "log.jsonl")
+    assert [event["epoch"] for event in read_log(tmp_path / "log.jsonl")] == [1, 0]
 
 
 def test_metric_rows(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from apps.speech.models.base import AcousticModel, StreamingModel
@@ -53,9 +52,7 @@ def model_options(kind: str, options: Mapping[str, Any]) -> Any:
     sizes = SIZES.get(kind, {})
     if size is not None and size not in sizes:
         raise UserError(f"options.size: {kind} has no size {size!r}, {nearest(str(size), sizes)}")
-    start = KINDS[kind][1](**sizes[size]) if size is not None else KINDS[kind][1]()
-    checked = build(KINDS[kind][1], given, f"{kind}.options")
-    return replace(start, **{name: getattr(checked, name) for name in given})
+    return build(KINDS[kind][1], {**sizes.get(size, {}), **given}, f"{kind}.options")
 
 
 def new_model(kind: str, classes: int, options: Mapping[str, Any]) -> AcousticModel:

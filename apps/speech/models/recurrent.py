@@ -27,6 +27,10 @@ class BiLstmOptions:
     layers: int = 3
     dropout: float = 0.3
 
+    def __post_init__(self) -> None:
+        if min(*self.channels, self.width, self.hidden, self.layers) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"bilstm: wanted sizes of at least 1 and a dropout in [0, 1), got {self}")
+
 
 class BiLstm(AcousticModel):
     """Convolutions, then LSTMs in both directions (Graves and Schmidhuber, 2005): it hears the whole utterance."""
@@ -134,10 +138,11 @@ class ConvRnn(StreamingModel):
 
     def start(self, batch: int) -> State:
         """Return the state: the front end's, one a convolution, and hidden (and cell) values of each layer."""
-        zeros = self.head.weight.new_zeros(1, batch, self.options.hidden)
-        each = 2 if self.options.cell == "lstm" else 1
+        count = self.options.layers * (2 if self.options.cell == "lstm" else 1)
+        # a tensor each: those that are one object become one input of an exported step
+        values = [self.head.weight.new_zeros(1, batch, self.options.hidden) for _ in range(count)]
         tails = [convolution.start(batch) for convolution in self.convolutions]  # type: ignore[operator]
-        return (*self.front.start(batch), *tails, *[zeros] * (each * self.options.layers))
+        return (*self.front.start(batch), *tails, *values)
 
     def step(self, features: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the logits of some features, and the next state."""
