@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> int:
         description="Distil a CTC recogniser at the sequence level into a compact streaming student.",
         epilog=example(
             "kd speech run --recipe ctc_sequence_level --data an4 --out runs/an4",
-            "kd speech run --recipe ctc_sequence_level --data simulated",
+            "kd speech run     # small, quick, offline: simulated speech",
             "kd speech lm --text sentences.txt --order 3 --out lm.arpa",
         ),
     )
@@ -103,6 +103,9 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
 
     announce = Announcer()
     given = _settings(args, overrides)
+    if args.recipe is None and args.config is None and args.out is None and not args.data:
+        args.recipe, args.data = "demo", "simulated"  # what a fresh machine has
+        given = _settings(args, overrides)
     if args.recipe is None and args.config is None:
         if args.out is None:
             raise UserError("wanted --recipe NAME or --config FILE, or --out RUN of a run to go on with (see --help)")
@@ -229,7 +232,7 @@ def demo(folder: Path) -> None:
     data = folder.parent / "speech-data"
     if not (data / "dataset.json").exists():
         simulate(data, progress=True)
-    main(["run", "--recipe", "ctc_sequence_level", "--data", str(data), "--out", str(folder)])
+    main(["run", "--recipe", "demo", "--data", str(data), "--out", str(folder)])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from apps.speech import fitting
+from apps.speech.calibration import expected_calibration_error, word_outcomes
+from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.greedy import greedy
 from apps.speech.decode.lexicon import WordDecoder
 from apps.speech.decode.ngram import write_arpa
@@ -35,6 +37,14 @@ class Heard:
 
     log_probs: list[np.ndarray]
     cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a model has for itself, from validation: weights of language model and words, and its calibration."""
+
+    weights: tuple[float, float] | None
+    calibration: Calibration | None
 
 
 class Measurement:
@@ -119,6 +129,24 @@ class Measurement:
         grid = [(lm, word) for lm in self.config.decode.lm_weights for word in self.config.decode.word_scores]
         return min(grid, key=lambda weights: self.with_lm("valid", heard, weights).wer)
 
+    def outcomes(self, part: str, heard: Heard) -> tuple[np.ndarray, np.ndarray]:
+        """Return confidences of the words of best paths, and whether each is right."""
+        symbols = self.prepared.units.symbols
+        references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
+        words = [timed_words(greedy(each), symbols) for each in heard.log_probs]
+        return word_outcomes(zip(words, references, strict=True))
+
+    def choose(self, cell: Cell, heard: Heard) -> Chosen:
+        """Return what is chosen for a model on validation; a student's calibration is kept beside its weights."""
+        confidences, right = self.outcomes("valid", heard)
+        try:
+            calibration = Calibration.fit(confidences, right)
+        except ValueError:  # no word at all, or none that is right more often where the model is surer
+            calibration = None
+        if calibration is not None and cell.role != "teacher":
+            write_json(cell.folder / "calibration.json", {"scale": calibration.scale, "offset": calibration.offset})
+        return Chosen(self.tune(heard) if self.config.decode.order else None, calibration)
+
     def delays(self, student: Heard, teacher: Heard, model: StreamingModel, part: str) -> list[float]:
         """Return how long after its end by the teacher's best path each right word of the student's appears, in ms."""
         symbols, found = self.prepared.units.symbols, []
@@ -147,19 +175,18 @@ def _evaluated(pipeline: Pipeline) -> list[dict[str, Any]]:
     tested: dict[str, dict[str, list[Scores]]] = {name: {} for name in DECODINGS}
     sliced: list[dict[str, Any]] = []
     for seed in pipeline.config.seeds:
-        teacher_heard: Heard | None = None
+        teacher: Heard | None = None
         for cell in pipeline.cells(seed):
-            weights = None
-            for part in ("valid", "test"):
-                pipeline.announce(f"seed {seed}: evaluating {cell.role.replace('_', ' ')} on {part}")
-                heard = measurement.hear(cell, part)
-                if part == "valid" and pipeline.config.decode.order:
-                    weights = measurement.tune(heard)
-                found = measurement.decoded(part, heard, weights)
-                if cell.role == "teacher" and part == "test":
-                    teacher_heard = heard
-                row = _row(measurement, cell, part, heard, found, teacher_heard if part == "test" else None)
-                rows.append({**row, "lm_weights": list(weights) if weights else None})
+            pipeline.announce(f"seed {seed}: evaluating {cell.role.replace('_', ' ')}")
+            heard = {part: measurement.hear(cell, part) for part in ("valid", "test")}
+            teacher = heard["test"] if cell.role == "teacher" else teacher
+            chosen = measurement.choose(cell, heard["valid"])
+            for part, said in heard.items():
+                found = measurement.decoded(part, said, chosen.weights)
+                metrics = _metrics(measurement, part, said, found, chosen.calibration)
+                if part == "test" and cell.role != "teacher" and teacher is not None:
+                    metrics |= _delays(measurement, cell, said, teacher)
+                rows.append(_row(measurement, cell, part, metrics, chosen))
                 for name, scores in found.items():
                     scores.save(cell.folder.parent / "evaluation" / f"{part}-{cell.role}-{name}-{seed}.jsonl")
                     if part == "test":
@@ -175,21 +202,38 @@ def _evaluated(pipeline: Pipeline) -> list[dict[str, Any]]:
     return rows
 
 
+def _metrics(
+    measurement: Measurement,
+    part: str,
+    heard: Heard,
+    found: Mapping[str, Scores],
+    calibration: Calibration | None,
+) -> dict[str, float]:
+    """Return error rates, how far confidences are from shares of right words, and the network's real-time factor."""
+    values = found["wer"].values | ({"wer_lm": found["wer_lm"].wer} if "wer_lm" in found else {})
+    confidences, right = measurement.outcomes(part, heard)
+    if len(confidences):
+        values["ece_raw"] = expected_calibration_error(confidences, right)
+        if calibration is not None:
+            values["ece"] = expected_calibration_error([calibration.apply(each) for each in confidences], right)
+    return values | {
+        "real_time_factor": real_time_factor(heard.cpu_seconds, measurement.prepared.corpora[part].seconds)
+    }
+
+
+def _delays(measurement: Measurement, cell: Cell, student: Heard, teacher: Heard) -> dict[str, float]:
+    """Return how long words wait to appear, in ms: median and 90th percentile."""
+    model, _ = load_model(cell.folder)
+    if not isinstance(model, StreamingModel):
+        return {}
+    found = summarise(measurement.delays(student, teacher, model, "test"))
+    return {f"delay_ms_{name}": value for name in ("p50", "p90") if (value := found[name]) is not None}
+
+
 def _row(
-    measurement: Measurement, cell: Cell, part: str, heard: Heard, found: Mapping[str, Scores], teacher: Heard | None
+    measurement: Measurement, cell: Cell, part: str, metrics: Mapping[str, float], chosen: Chosen
 ) -> dict[str, Any]:
-    about, seconds = _about(cell), measurement.prepared.corpora[part].seconds
-    metrics = {"wer": found["wer"].wer, "cer": found["wer"].cer, "ser": found["wer"].values["ser"]}
-    if "wer_lm" in found:
-        metrics["wer_lm"] = found["wer_lm"].wer
-    metrics["real_time_factor"] = real_time_factor(heard.cpu_seconds, seconds)
-    if teacher is not None and cell.role != "teacher":
-        model, _ = load_model(cell.folder)
-        if isinstance(model, StreamingModel):
-            delays = summarise(measurement.delays(heard, teacher, model, part))
-            metrics |= {
-                f"delay_ms_{name}": value for name, value in delays.items() if name != "n" and value is not None
-            }
+    about = _about(cell)
     return metric_row(
         domain="speech",
         recipe=measurement.config.recipe,
@@ -202,6 +246,7 @@ def _row(
         metrics=metrics,
         train_seconds=about["train_seconds"],
         train_cpu_seconds=about["train_cpu_seconds"],
+        lm_weights=list(chosen.weights) if chosen.weights else None,
     )
 
 
