@@ -6,10 +6,9 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from kdcore.config import UserError, nearest, read_yaml
+from kdcore.config import UserError, nearest
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -119,12 +118,3 @@ def _path_problem(error: OSError) -> str:
     kind = "error" if isinstance(error, _PATH_ERRORS) else "failed"
     what = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
     return f"{kind}: {what}"
-
-
-def recipe_rows(folder: Path) -> list[dict[str, str]]:
-    """Return name, title and reference of the recipes in a folder."""
-    rows = []
-    for file in sorted(folder.glob("*.yaml")):
-        recipe = read_yaml(file)
-        rows.append({"recipe": file.stem, "title": recipe["title"], "reference": recipe["reference"]})
-    return rows

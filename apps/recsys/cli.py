@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apps.recsys import serve_cli
 from kdcore import processes
-from kdcore.command_line import Parser, example, integers, recipe_rows, split_overrides, unknown_argument
+from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def main(words: Sequence[str]) -> int:
 
 def describe_recipes() -> list[dict[str, str]]:
     """Return name, title and reference of every recipe."""
-    return recipe_rows(Path(__file__).parent / "recipes")
+    from kdcore.recipes import Recipes
+
+    return Recipes("apps.recsys").describe()
 
 
 def _add_stage(verbs: Any, verb: str, what: str) -> None:

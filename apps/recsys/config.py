@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from apps.recsys.distill import Optimization
 from apps.recsys.models.store import model_options
-from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml, resolved
+from kdcore.config import UserError, build, resolved
+from kdcore.recipes import Recipes
 from kdcore.trainer import TrainerConfig
 
 
@@ -136,26 +136,12 @@ def baseline_config(config: RecsysConfig, kind: str, values: Mapping[str, Any] |
     return ModelConfig("mf", {"dimension": dimension}, optimization, config.student.trainer)
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    folder = resources.files("apps.recsys") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe's settings by name; an unknown name is a UserError with the nearest ones."""
-    if name not in recipe_names():
-        raise UserError(f"--recipe: unknown recipe {name!r}, {nearest(name, recipe_names())}")
-    with resources.as_file(resources.files("apps.recsys") / "recipes" / f"{name}.yaml") as file:
-        return read_yaml(file)
+_RECIPES = Recipes("apps.recsys")
+recipe_names, read_recipe = _RECIPES.names, _RECIPES.read
 
 
 def load_config(
     *, recipe: str | None = None, file: str | Path | None = None, overrides: Sequence[tuple[str, str]] = ()
 ) -> RecsysConfig:
     """Return the configuration of a recipe or a file (one of them) with overrides applied and types checked."""
-    if (recipe is None) == (file is None):
-        raise UserError("wanted either --recipe NAME or --config FILE")
-    values = read_recipe(recipe) if recipe is not None else read_yaml(file or "")
-    source = f"recipe {recipe}" if recipe is not None else str(file)
-    return build(RecsysConfig, apply_overrides(values, overrides), source)
+    return _RECIPES.load(RecsysConfig, recipe=recipe, file=file, overrides=overrides)

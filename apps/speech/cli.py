@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcore import processes
-from kdcore.command_line import Parser, example, integers, recipe_rows, split_overrides, unknown_argument
+from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def main(words: Sequence[str]) -> int:
 
 def describe_recipes() -> list[dict[str, str]]:
     """Return name, title and reference of every recipe."""
-    return recipe_rows(Path(__file__).parent / "recipes")
+    from kdcore.recipes import Recipes
+
+    return Recipes("apps.speech").describe()
 
 
 def _add_stage(verbs: Any, verb: str, what: str) -> None:

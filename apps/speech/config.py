@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from apps.speech.distill import Optimization
 from apps.speech.spec_augment import SpecAugment
 from apps.speech.text import TextRules
-from kdcore.config import UserError, apply_overrides, build, nearest, read_yaml, resolved
+from kdcore.config import UserError, build, resolved
+from kdcore.recipes import Recipes
 from kdcore.trainer import TrainerConfig
 
 
@@ -154,26 +154,12 @@ def alone_config(config: SpeechConfig) -> ModelConfig:
     return build(ModelConfig, plain, "student.alone")
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    folder = resources.files("apps.speech") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe's settings by name; an unknown name is a UserError with the nearest ones."""
-    if name not in recipe_names():
-        raise UserError(f"--recipe: unknown recipe {name!r}, {nearest(name, recipe_names())}")
-    with resources.as_file(resources.files("apps.speech") / "recipes" / f"{name}.yaml") as file:
-        return read_yaml(file)
+_RECIPES = Recipes("apps.speech")
+recipe_names, read_recipe = _RECIPES.names, _RECIPES.read
 
 
 def load_config(
     *, recipe: str | None = None, file: str | Path | None = None, overrides: Sequence[tuple[str, str]] = ()
 ) -> SpeechConfig:
     """Return the configuration of a recipe or a file (one of them) with overrides applied and types checked."""
-    if (recipe is None) == (file is None):
-        raise UserError("wanted either --recipe NAME or --config FILE")
-    values = read_recipe(recipe) if recipe is not None else read_yaml(file or "")
-    source = f"recipe {recipe}" if recipe is not None else str(file)
-    return build(SpeechConfig, apply_overrides(values, overrides), source)
+    return _RECIPES.load(SpeechConfig, recipe=recipe, file=file, overrides=overrides)
