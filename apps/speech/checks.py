@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
-from apps.speech.knowledge import KNOWLEDGE, knowledge_options, needs
-from apps.speech.models import KINDS, model_options
+from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
+from apps.speech.models import KINDS, model_options, new_model
 from apps.speech.views import parse_view
 from kdcore.config import UserError
 
@@ -30,10 +30,24 @@ def check_config(config: SpeechConfig) -> None:
             raise UserError(f"knowledge.{name}.weight: got {each.weight}, wanted a weight >= 0")
         knowledge_options(name, each.options)
     wanted = needs({name: each.options for name, each in config.knowledge.items()})
-    if wanted.hidden and (config.teacher.members or config.teacher.path):
-        raise UserError("knowledge.hint: wanted one teacher trained here; an ensemble has no one encoder")
+    if wanted.teacher_layers:
+        _check_layers(config, wanted)
     if config.decode.order and not (config.decode.lm_weights and config.decode.word_scores):
         raise UserError("decode: wanted lm_weights and word_scores to choose from, or order 0")
+
+
+def _check_layers(config: SpeechConfig, wanted: Need) -> None:
+    """Refuse layers that either model does not have, by making both."""
+    if config.teacher.members or config.teacher.path:
+        raise UserError("knowledge: hint and layers want one teacher trained here; an ensemble has no one encoder")
+    pairs = (("teacher", config.teacher, wanted.teacher_layers), ("student", config.student, wanted.student_layers))
+    for name, model, layers in pairs:
+        made = new_model(model.kind, 2, model.options)
+        for layer in layers:
+            try:
+                made.width(layer)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
 
 
 def _streaming() -> list[str]:

@@ -43,19 +43,19 @@ class Fitted:
 
 
 @torch.no_grad()
-def ask(model: AcousticModel, features: Sequence[np.ndarray], *, hidden: bool = False) -> dict[str, list[np.ndarray]]:
-    """Return ``log_probs`` float32 [T', C] of some utterances' features, and ``hidden`` [T', D] if it is wanted."""
+def ask(
+    model: AcousticModel, features: Sequence[np.ndarray], *, layers: Sequence[str] = ()
+) -> dict[str, list[np.ndarray]]:
+    """Return ``log_probs`` float32 [T', C] of some utterances, and each layer's output [T', D] by its path."""
     training = model.training
     model.eval()
     lengths = torch.tensor([len(each) for each in features])
     counts = output_lengths(lengths).tolist()
-    with Taps(model, {"hidden": model.hidden} if hidden else {}) as taps:
+    with Taps(model, {layer: layer for layer in layers}) as taps:
         logits = model(torch.from_numpy(padded(list(features), SILENCE)), lengths)
-        kept = taps.take()["hidden"] if hidden else None
+        kept = taps.take()
     model.train(training)
-    values: dict[str, Tensor] = {"log_probs": torch.log_softmax(logits, 2)}
-    if kept is not None:
-        values["hidden"] = kept
+    values: dict[str, Tensor] = {"log_probs": torch.log_softmax(logits, 2), **kept}
     return {
         name: [row[:count].numpy() for row, count in zip(value, counts, strict=True)] for name, value in values.items()
     }
@@ -105,7 +105,7 @@ def fit_model(
     context: Mapping[str, Any] | None = None,
     terms: Callable[[AcousticModel], Sequence[Term]] = lambda model: (),
     lessons: Lessons | None = None,
-    hidden: bool = False,
+    layers: Sequence[str] = (),
     labels: float = 1.0,
 ) -> Fitted:
     """Fit one model on its training rows; selection is by ``validate``, never on test.
@@ -113,7 +113,7 @@ def fit_model(
     Args:
         statistics: mean and deviation of the features, of training data.
         terms: what is taught beside the labels, given the student; ``lessons`` hold what they ask for.
-        hidden: the terms are given the student's encoder as ``student.hidden``.
+        layers: the terms are given the student's layers as ``student.LAYER``.
         labels: the weight of the labels.
     """
     started = time.perf_counter(), time.process_time()
@@ -129,7 +129,7 @@ def fit_model(
         optimization=config.optimization,
         augment=config.augment,
         lessons=lessons,
-        taps={"hidden": model.hidden} if hidden else {},
+        taps={layer: layer for layer in layers},
         labels=labels,
     )
     role = str((context or {}).get("role", ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,11 +69,29 @@ class HintOptions:
 
 
 @dataclass(frozen=True)
+class LayersOptions:
+    """Of blocks of a Conformer student against blocks of its teacher, pair by pair from the bottom, counted from 0."""
+
+    student: list[int] = field(default_factory=lambda: [0])
+    teacher: list[int] = field(default_factory=lambda: [0])
+    delay: int = 0
+    # epochs after which the next pair begins to count, so that lower layers come first; 0: all from the start
+    progress: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.student or len(self.student) != len(self.teacher):
+            raise ValueError(f"layers: wanted as many blocks of both, at least one, got {self.student}, {self.teacher}")
+        if min(*self.student, *self.teacher, self.progress, self.delay) < 0:
+            raise ValueError(f"layers: wanted numbers >= 0, got {self}")
+
+
+@dataclass(frozen=True)
 class Need:
-    """What a term wants the teacher to be asked for."""
+    """What a term wants the teacher to be asked for, and the layers of both it compares."""
 
     posteriors: bool = False
-    hidden: bool = False
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
     n_best: NBest | None = None
     cuts: Cuts | None = None
 
@@ -91,9 +109,10 @@ class DelayedHint(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, lengths: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Return the loss of frames [B, T, D] and [B, T, E]; lengths int64 [B]."""
-        late = student[:, self.delay :]
-        counted = torch.arange(late.shape[1], device=lengths.device) < (lengths - self.delay)[:, None]
-        apart = (self.project(late) - teacher[:, : late.shape[1]]).pow(2).mean(2) / 2
+        frames = min(student.shape[1] - self.delay, teacher.shape[1])  # a layer may have some beyond the longest
+        late = student[:, self.delay : self.delay + frames]
+        counted = torch.arange(frames, device=lengths.device) < (lengths - self.delay)[:, None]
+        apart = (self.project(late) - teacher[:, :frames]).pow(2).mean(2) / 2
         rows = apart.masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp(min=1)
         return rows.sum() if reduction == "sum" else rows.mean()
 
@@ -107,37 +126,72 @@ def delayed_spikes(
     return losses.guided_spikes(late, teacher[:, : late.shape[1]], frames, reduction=reduction, **options)
 
 
-Make = Callable[[Any, int, int, int], tuple[Callable[..., Tensor], dict[str, Any]]]
+# the width of a layer, by its path
+Width = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What terms are made for: the blank, and the widths of the student's and the teacher's layers."""
+
+    blank: int
+    student: Width
+    teacher: Width
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way of teaching: its options, what it needs, and the loss of (options, blank, student and teacher widths)."""
+    """A way of teaching: its options, what it needs, and its terms."""
 
     options: type[Any]
     need: Callable[[Any], Need]
-    make: Make
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    terms: Callable[[Any, float, Pair], list[Term]]
 
 
-def _frame(options: FrameOptions, blank: int, *widths: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    return losses.frame_ctc, {"blank": blank, **vars(options)}
+def _frame(options: FrameOptions, weight: float, pair: Pair) -> list[Term]:
+    return [Term("frame", losses.frame_ctc, {}, {"blank": pair.blank, **vars(options)}, weight)]
 
 
-def _sequence(options: SequenceOptions, blank: int, *widths: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    return losses.sequence_ctc, {"blank": blank, "temperature": options.temperature}
+def _sequence(options: SequenceOptions, weight: float, pair: Pair) -> list[Term]:
+    given = {"blank": pair.blank, "temperature": options.temperature}
+    return [Term("sequence", losses.sequence_ctc, {}, given, weight)]
 
 
-def _segment(options: SegmentOptions, blank: int, *widths: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    return losses.segment_ctc, {"blank": blank, "temperature": options.temperature}
+def _segment(options: SegmentOptions, weight: float, pair: Pair) -> list[Term]:
+    given = {"blank": pair.blank, "temperature": options.temperature}
+    return [Term("segment", losses.segment_ctc, {}, given, weight)]
 
 
-def _guided(options: GuidedOptions, blank: int, *widths: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    return partial(delayed_spikes, delay=options.delay), {"blank": blank, "form": options.form}
+def _guided(options: GuidedOptions, weight: float, pair: Pair) -> list[Term]:
+    given = {"blank": pair.blank, "form": options.form}
+    return [Term("guided", partial(delayed_spikes, delay=options.delay), {}, given, weight)]
 
 
-def _hint(options: HintOptions, blank: int, *widths: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    return DelayedHint(widths[0], widths[1], options.delay), {}
+def _hinted(name: str, student: str, teacher: str, delay: int, weight: float | Schedule, pair: Pair) -> Term:
+    loss = DelayedHint(pair.student(student), pair.teacher(teacher), delay)
+    return Term(name, loss, {"student": f"student.{student}", "teacher": f"teacher.{teacher}"}, {}, weight)
+
+
+def _hint(options: HintOptions, weight: float, pair: Pair) -> list[Term]:
+    return [_hinted("hint", "encoder", "encoder", options.delay, weight, pair)]
+
+
+def _layers(options: LayersOptions, weight: float, pair: Pair) -> list[Term]:
+    return [
+        _hinted(
+            f"layers_{place}",
+            f"blocks.{own}.norm",
+            f"blocks.{theirs}.norm",
+            options.delay,
+            Schedule(weight, delay=place * options.progress),
+            pair,
+        )
+        for place, (own, theirs) in enumerate(zip(options.student, options.teacher, strict=True))
+    ]
+
+
+def _blocks(numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"blocks.{number}.norm" for number in numbers)
 
 
 KNOWLEDGE: dict[str, Kind] = {
@@ -151,11 +205,11 @@ KNOWLEDGE: dict[str, Kind] = {
         _segment,
     ),
     "guided": Kind(GuidedOptions, lambda options: Need(posteriors=True), _guided),
-    "hint": Kind(
-        HintOptions,
-        lambda options: Need(hidden=True),
-        _hint,
-        {"student": "student.hidden", "teacher": "teacher.hidden"},
+    "hint": Kind(HintOptions, lambda options: Need(student_layers=("encoder",), teacher_layers=("encoder",)), _hint),
+    "layers": Kind(
+        LayersOptions,
+        lambda options: Need(student_layers=_blocks(options.student), teacher_layers=_blocks(options.teacher)),
+        _layers,
     ),
 }
 
@@ -179,16 +233,13 @@ def needs(given: Mapping[str, Mapping[str, Any]]) -> Need:
         raise UserError("knowledge: wanted sequence or segment, not both in one student")
     return Need(
         any(need.posteriors for need in each),
-        any(need.hidden for need in each),
+        tuple(dict.fromkeys(layer for need in each for layer in need.student_layers)),
+        tuple(dict.fromkeys(layer for need in each for layer in need.teacher_layers)),
         listed[0].n_best if listed else None,
         listed[0].cuts if listed else None,
     )
 
 
-def term(
-    name: str, options: Mapping[str, Any], weight: float | Schedule, *, blank: int, widths: tuple[int, int] = (0, 0)
-) -> Term:
-    """Return the term of a way of teaching; ``widths`` are those of the student's and the teacher's encoders."""
-    kind = KNOWLEDGE[name]
-    loss, given = kind.make(knowledge_options(name, options), blank, *widths)
-    return Term(name, loss, kind.inputs, given, weight)
+def terms(name: str, options: Mapping[str, Any], weight: float, pair: Pair) -> list[Term]:
+    """Return the terms of a way of teaching."""
+    return KNOWLEDGE[name].terms(knowledge_options(name, options), weight, pair)

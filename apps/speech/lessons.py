@@ -46,7 +46,8 @@ class Cuts:
 class ViewLessons:
     """What one teacher says of one view of the training utterances, of so many feature frames each (int64 [N]).
 
-    ``ask`` gives for some rows ``log_probs`` [T', C] of each, and ``hidden`` [T', D] if ``hidden`` is its width.
+    ``ask`` gives for some rows ``log_probs`` [T', C] of each, and the output [T', D] of each of ``layers`` (name ->
+    width).
     Everything is in a teacher cache, keyed by teacher, data and what is asked for.
     """
 
@@ -59,21 +60,21 @@ class ViewLessons:
         data: str,
         teacher: str,
         classes: int,
-        hidden: int = 0,
+        layers: Mapping[str, int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.ask, self.cache = ask, cache
-        self.data, self.teacher, self.classes, self.hidden, self.progress = data, teacher, classes, hidden, progress
+        self.data, self.teacher, self.classes, self.progress = data, teacher, classes, progress
+        self.layers = dict(layers or {})
         frames = output_lengths(torch.from_numpy(np.array(lengths))).numpy()
         self.offsets = np.concatenate([[0], np.cumsum(frames)])
         self._kept: dict[tuple[object, ...], CacheEntry] = {}
 
     @cached_property
     def frames(self) -> CacheEntry:
-        """Log-posteriors float16 [sum of T', C], and hidden frames if they are asked for; a row a frame."""
+        """Log-posteriors float16 [sum of T', C], and the layers asked for; a row a frame."""
         fields: dict[str, tuple[str, tuple[int, ...]]] = {"log_probs": ("<f2", (self.classes,))}
-        if self.hidden:
-            fields["hidden"] = ("<f2", (self.hidden,))
+        fields |= {layer: ("<f2", (width,)) for layer, width in self.layers.items()}
         return self.cache.get_or_compute(
             data=self.data,
             teacher=self.teacher,
@@ -96,7 +97,7 @@ class ViewLessons:
         parts: dict[str, list[np.ndarray]] = {}
         for low in range(first, last, 16):
             said = self.ask(range(low, min(low + 16, last)))
-            for name in ("log_probs", *(["hidden"] if self.hidden else [])):
+            for name in ("log_probs", *self.layers):
                 parts.setdefault(name, []).extend(said[name])
         begin = start - int(self.offsets[first])
         # float16 ends at 65504, and a posterior of e^-10000 is as good as any smaller one
@@ -200,7 +201,7 @@ def _listed(utterances: Sequence[np.ndarray], wanted: NBest, longest: int) -> di
 class TeacherLessons:
     """What terms are given of a teacher, for rows in their views: ``Lessons`` of the teaching step.
 
-    Values: ``teacher`` (log-posteriors [B, T', C]); ``teacher.hidden``; ``hypotheses``, ``hypothesis_lengths``,
+    Values: ``teacher`` (log-posteriors [B, T', C]); ``teacher.LAYER``; ``hypotheses``, ``hypothesis_lengths``,
     ``log_scores`` of the utterance or, where ``cuts`` are given, of ``segments``.
     """
 
@@ -214,10 +215,10 @@ class TeacherLessons:
         """Return the values of rows, each in its view."""
         pairs = list(zip(rows.tolist(), (self.views[view] for view in views), strict=True))
         values: dict[str, Tensor] = {}
-        names = [*(["log_probs"] if self.posteriors else []), *(["hidden"] if self.views[0].hidden else [])]
+        names = [*(["log_probs"] if self.posteriors else []), *self.views[0].layers]
         for name in names:
             given = [said.frames[name][said.offsets[row] : said.offsets[row + 1]] for row, said in pairs]
-            values["teacher" if name == "log_probs" else "teacher.hidden"] = torch.from_numpy(padded(given)).float()
+            values["teacher" if name == "log_probs" else f"teacher.{name}"] = torch.from_numpy(padded(given)).float()
         if self.n_best is not None:
             values |= self._listed(pairs)
         return values

@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apps.speech import fitting
+from apps.speech import fitting, knowledge
 from apps.speech.checks import check_config
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
 from apps.speech.distill import Lessons
-from apps.speech.knowledge import needs, term
+from apps.speech.knowledge import Pair
 from apps.speech.models import AcousticModel
 from apps.speech.models.ensemble import Member
 from apps.speech.models.huggingface import HuggingFaceCtc
@@ -106,7 +106,8 @@ class Pipeline:
             lessons = self._lessons([(guide, view) for view in views], seed, {"guided": {}})
 
             def terms(model: AcousticModel) -> Sequence[Term]:
-                return [term("guided", {}, config.guided, blank=model.classes - 1)]
+                pair = Pair(model.classes - 1, model.width, guide.width)
+                return knowledge.terms("guided", {}, config.guided, pair)
 
         self._fit("teacher", seed, key, config, folder, views, terms=terms, lessons=lessons)
         return _as_teacher(folder)
@@ -114,13 +115,13 @@ class Pipeline:
     def _lessons(
         self, teachers: Sequence[tuple[Teacher, str]], seed: int | None, given: dict[str, dict[str, Any]]
     ) -> Lessons:
-        wanted = needs(given)
+        wanted = knowledge.needs(given)
         return teacher_lessons(
             teachers,
             self.prepared,
             self._root(seed) / "teacher_cache",
             posteriors=wanted.posteriors,
-            hidden=wanted.hidden,
+            layers=wanted.teacher_layers,
             n_best=wanted.n_best,
             cuts=wanted.cuts,
         )
@@ -156,17 +157,15 @@ class Pipeline:
         heard = [(student, view, each) for student, view in pairs for each in who]
 
         def terms(model: AcousticModel) -> Sequence[Term]:
-            widths = (model.head.in_features, teacher.hidden)
-            return [
-                term(name, each.options, each.weight, blank=model.classes - 1, widths=widths)
-                for name, each in self.config.knowledge.items()
-            ]
+            pair = Pair(model.classes - 1, model.width, teacher.width)
+            given = self.config.knowledge.items()
+            return [term for name, each in given for term in knowledge.terms(name, each.options, each.weight, pair)]
 
         shared = seed if self.config.teacher.seed is None else None
         lessons = self._lessons([(each, view) for _, view, each in heard], shared, given)
-        hidden = needs(given).hidden
+        layers = knowledge.needs(given).student_layers
         views = [student for student, _, _ in heard]
-        self._fit("student", seed, key, config, folder, views, terms=terms, lessons=lessons, hidden=hidden)
+        self._fit("student", seed, key, config, folder, views, terms=terms, lessons=lessons, layers=layers)
 
     def _fit(
         self,

@@ -33,16 +33,23 @@ class Teacher:
         """What the teacher is."""
         return fingerprint(*(member.name for member in self.members), {"by": self.by})
 
-    @property
-    def hidden(self) -> int:
-        """The width of its encoder; 0 where there is no single one."""
+    def width(self, layer: str) -> int:
+        """Return the width of a layer; ValueError where there is not one model that was trained here."""
         model = self.models[0]
-        return model.head.in_features if len(self.models) == 1 and isinstance(model, AcousticModel) else 0
+        if len(self.models) > 1 or not isinstance(model, AcousticModel):
+            raise ValueError(f"layer: {layer} of several or pretrained teachers, wanted one teacher trained here")
+        return model.width(layer)
 
     def ask(
-        self, prepared: Prepared, parts: str | Sequence[str], view: str, rows: Sequence[int], *, hidden: bool = False
+        self,
+        prepared: Prepared,
+        parts: str | Sequence[str],
+        view: str,
+        rows: Sequence[int],
+        *,
+        layers: Sequence[str] = (),
     ) -> dict[str, list[np.ndarray]]:
-        """Return ``log_probs`` float32 [T', C] of rows in a view, and ``hidden`` [T', D] if it is wanted."""
+        """Return ``log_probs`` float32 [T', C] of rows in a view, and the output [T', D] of each layer by path."""
         each = []
         for model in self.models:
             if isinstance(model, HuggingFaceCtc):
@@ -50,7 +57,7 @@ class Teacher:
                 each.append({"log_probs": [log_probs.numpy() for log_probs in heard]})
             else:
                 store = prepared.store(parts, view)
-                each.append(ask(model, [store[row] for row in rows], hidden=hidden))
+                each.append(ask(model, [store[row] for row in rows], layers=layers))
         if len(each) == 1:
             return each[0]
         ensemble, found = Ensemble(self.members, self.by), []
@@ -65,7 +72,7 @@ class Teacher:
 
 
 def view_lessons(
-    teacher: Teacher, prepared: Prepared, view: str, cache: Path, *, hidden: bool, classes: int
+    teacher: Teacher, prepared: Prepared, view: str, cache: Path, *, layers: Sequence[str], classes: int
 ) -> ViewLessons:
     """Return what a teacher says of the training rows in a view."""
     parts = prepared.training_parts
@@ -76,12 +83,12 @@ def view_lessons(
 
     return ViewLessons(
         store.lengths,
-        lambda rows: teacher.ask(prepared, parts, view, rows, hidden=hidden),
+        lambda rows: teacher.ask(prepared, parts, view, rows, layers=layers),
         TeacherCache(cache),
         data=fingerprint(prepared.fingerprint, {"view": view}),
         teacher=teacher.fingerprint,
         classes=classes,
-        hidden=teacher.hidden if hidden else 0,
+        layers={layer: teacher.width(layer) for layer in layers},
         progress=told,
     )
 
@@ -92,11 +99,11 @@ def teacher_lessons(
     cache: Path,
     *,
     posteriors: bool,
-    hidden: bool,
+    layers: Sequence[str],
     n_best: NBest | None,
     cuts: Cuts | None,
 ) -> TeacherLessons:
     """Return the lessons of (teacher, view it hears), one for each view of the student's."""
     classes = prepared.units.blank + 1
-    views = [view_lessons(who, prepared, view, cache, hidden=hidden, classes=classes) for who, view in teachers]
+    views = [view_lessons(who, prepared, view, cache, layers=layers, classes=classes) for who, view in teachers]
     return TeacherLessons(views, posteriors, n_best, cuts)

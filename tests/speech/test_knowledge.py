@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apps.speech.knowledge import KNOWLEDGE, DelayedHint, delayed_spikes, knowledge_options, needs, term
+from apps.speech.knowledge import KNOWLEDGE, DelayedHint, Pair, delayed_spikes, knowledge_options, needs, terms
 from apps.speech.lessons import Cuts, NBest
 from kdcore import losses
 from kdcore.config import UserError
 from kdcore.teaching.terms import Terms
 
 LENGTHS = torch.tensor([9, 6])
+BOTH = Pair(4, lambda layer: 6, lambda layer: 7)
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,10 +23,10 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 def test_frame_is_kdcores_loss_with_its_options() -> None:
     student, teacher = pair()
     given = {"delay": 1, "window": 2, "temperature": 2.0, "blank_threshold": 0.6, "blank_weight": 0.1}
-    terms = Terms([term("frame", given, 3.0, blank=4)])
-    got = terms({"student": student, "teacher": teacher, "lengths": LENGTHS})["frame"]
+    made = Terms(terms("frame", given, 3.0, BOTH))
+    got = made({"student": student, "teacher": teacher, "lengths": LENGTHS})["frame"]
     torch.testing.assert_close(got, losses.frame_ctc(student, teacher, LENGTHS, blank=4, reduction="sum", **given))
-    assert terms.weights == {"frame": 3.0}
+    assert made.weights == {"frame": 3.0}
 
 
 def test_spikes_are_wanted_after_the_delay() -> None:
@@ -53,7 +54,8 @@ def test_a_hint_compares_a_frame_with_the_teachers_earlier_one() -> None:
 
 def test_needs_are_those_of_all() -> None:
     wanted = needs({"sequence": {"count": 2, "beam": 8}, "frame": {}, "hint": {}})
-    assert wanted.posteriors and wanted.hidden and wanted.n_best == NBest(2, 8) and wanted.cuts is None
+    assert wanted.posteriors and wanted.student_layers == wanted.teacher_layers == ("encoder",)
+    assert wanted.n_best == NBest(2, 8) and wanted.cuts is None
     assert needs({"segment": {"least": 5, "delay": 1}}).cuts == Cuts(5, 0.95, 1)
     with pytest.raises(UserError, match="sequence or segment, not both"):
         needs({"sequence": {}, "segment": {}})
@@ -70,6 +72,31 @@ def test_unknown_names_and_options_are_told() -> None:
 
 @pytest.mark.parametrize("name", sorted(KNOWLEDGE))
 def test_every_way_makes_a_term(name: str) -> None:
-    made = term(name, {}, 0.5, blank=4, widths=(6, 7))
-    assert made.name == name and made.weight == 0.5
-    Terms([made])
+    made = terms(name, {}, 0.5, BOTH)
+    assert [each.name.removesuffix("_0") for each in made] == [name]
+    assert Terms(made).weights == {made[0].name: 0.5}
+
+
+def test_layers_come_from_the_bottom_each_with_its_projection() -> None:
+    given = {"student": [0, 1], "teacher": [1, 3], "progress": 4}
+    made = Terms(terms("layers", given, 2.0, BOTH))
+    assert made.weights == {"layers_0": 2.0, "layers_1": 0.0}
+    made.begin_epoch(4)
+    assert made.weights == {"layers_0": 2.0, "layers_1": 2.0}
+    wanted = needs({"layers": given})
+    assert wanted.student_layers == ("blocks.0.norm", "blocks.1.norm") and wanted.teacher_layers == (
+        "blocks.1.norm",
+        "blocks.3.norm",
+    )
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 9, 6), torch.randn(2, 9, 7)
+    values = {f"student.blocks.{n}.norm": student for n in (0, 1)} | {
+        f"teacher.blocks.{n}.norm": teacher for n in (1, 3)
+    }
+    found = made({**values, "lengths": LENGTHS})
+    project = made.losses["layers_1"].project  # type: ignore[union-attr]
+    apart = (project(student) - teacher).pow(2).mean(2) / 2
+    expected = apart[0].mean() + apart[1, :6].mean()
+    torch.testing.assert_close(found["layers_1"], expected)
+    with pytest.raises(UserError, match="as many blocks of both"):
+        knowledge_options("layers", {"student": [0], "teacher": [0, 1]})

@@ -33,10 +33,16 @@ def lessons(folder: Path, scale: float = 1.0, hidden: int = 0) -> tuple[ViewLess
         chosen = list(rows)  # type: ignore[call-overload]
         asked.extend(chosen)
         found = {"log_probs": [said(row, scale) for row in chosen]}
-        return found | {"hidden": [np.full((len(each), hidden), each.max()) for each in found["log_probs"]]}
+        return found | {"encoder": [np.full((len(each), hidden), each.max()) for each in found["log_probs"]]}
 
     made = ViewLessons(
-        LENGTHS, ask, TeacherCache(folder), data="data", teacher=f"teacher{scale}", classes=CLASSES, hidden=hidden
+        LENGTHS,
+        ask,
+        TeacherCache(folder),
+        data="data",
+        teacher=f"teacher{scale}",
+        classes=CLASSES,
+        layers={"encoder": hidden} if hidden else {},
     )
     return made, asked
 
@@ -63,7 +69,7 @@ def test_values_of_a_batch(tmp_path: Path) -> None:
     rows, views = np.array([3, 0, 4]), np.array([0, 1, 1])
     frames = 100
     values = TeacherLessons([one, other], posteriors=True, n_best=NBest(3, 16)).of(rows, views, frames)
-    assert values["teacher"].shape == (3, frames, CLASSES) and values["teacher.hidden"].shape == (3, frames, 2)
+    assert values["teacher"].shape == (3, frames, CLASSES) and values["teacher.encoder"].shape == (3, frames, 2)
     np.testing.assert_allclose(values["teacher"][1, :11], said(0, 0.5), atol=2e-2)
     assert not values["teacher"][1, 11:].any()
     for place, (row, scale) in enumerate(((3, 1.0), (0, 0.5), (4, 0.5))):

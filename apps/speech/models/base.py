@@ -35,7 +35,7 @@ def complete(features: Tensor, lengths: Tensor) -> Tensor:
 class AcousticModel(nn.Module):
     """A CTC model: features float32 [B, T, 80] to logits [B, T / 4, C], the blank last.
 
-    ``hidden`` names, for hints, the module whose output [B, T / 4, D] is the encoder's.
+    Hints take layers by their paths: ``encoder``, the last one, and ``blocks.N.norm`` where the model has blocks.
     """
 
     kind: ClassVar[str]
@@ -45,7 +45,6 @@ class AcousticModel(nn.Module):
     classes: int
     # encoder frames to logits
     head: nn.Linear
-    hidden: ClassVar[str] = "encoder"
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         """Return the logits [B, ceil(T / 4), C] of whole utterances; those of frame t never see beyond a length.
@@ -62,6 +61,18 @@ class AcousticModel(nn.Module):
     def mean(self) -> Tensor:
         """The features' mean [80] that ``set_statistics`` was given: what stands where features are hidden."""
         raise TypeError(f"{type(self).__name__} does not define mean")
+
+    def width(self, layer: str) -> int:
+        """Return the width D of a layer's output [B, T / 4, D].
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        blocks = getattr(self, "blocks", ())
+        known = ["encoder", *(f"blocks.{index}.norm" for index in range(len(blocks)))]
+        if layer not in known:
+            raise ValueError(f"layer: {self.kind} has no {layer!r}, it has {', '.join(known)}")
+        return self.head.in_features if layer == "encoder" else int(self.options.width)
 
     def parameter_count(self) -> int:
         """Return the number of weights."""
