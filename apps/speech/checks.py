@@ -30,6 +30,8 @@ def check_config(config: SpeechConfig) -> None:
             raise UserError(f"knowledge.{name}.weight: got {each.weight}, wanted a weight >= 0")
         knowledge_options(name, each.options)
     wanted = needs({name: each.options for name, each in config.knowledge.items()})
+    if wanted.attention and (config.teacher.kind != "attention" or config.teacher.members or config.teacher.path):
+        raise UserError("knowledge.attention: wanted a teacher of kind attention, trained here and by itself")
     if wanted.teacher_layers:
         _check_layers(config, wanted)
     if config.decode.order and not (config.decode.lm_weights and config.decode.word_scores):

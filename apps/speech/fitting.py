@@ -20,6 +20,7 @@ from apps.speech.decode.greedy import greedy
 from apps.speech.distill import Lessons, SpeechStep, Utterances
 from apps.speech.features import SILENCE
 from apps.speech.models import AcousticModel, new_model
+from apps.speech.models.attention import AttentionCtc
 from apps.speech.models.base import output_lengths
 from apps.speech.units import Units
 from kdcore.teaching import Taps, Term
@@ -59,6 +60,18 @@ def ask(
     return {
         name: [row[:count].numpy() for row, count in zip(value, counts, strict=True)] for name, value in values.items()
     }
+
+
+@torch.no_grad()
+def attention_targets(
+    model: AttentionCtc, features: Sequence[np.ndarray], texts: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Return log q float32 [T', C] of some utterances' features along their texts, as ``AttentionCtc`` says."""
+    lengths = torch.tensor([len(each) for each in features])
+    with Taps(model, {"encoder": "encoder"}) as taps:
+        model(torch.from_numpy(padded(list(features), SILENCE)), lengths)
+        encoded = taps.take()["encoder"]
+    return [each.numpy() for each in model.frame_targets(encoded, output_lengths(lengths), texts)]
 
 
 def all_log_probs(model: AcousticModel, store: FeatureStore) -> Iterator[tuple[int, np.ndarray]]:
@@ -125,11 +138,11 @@ def fit_model(
         data,
         validate,
         epochs=config.trainer.max_epochs,
-        terms=terms(model),
+        terms=[*model.own_terms(), *terms(model)],
         optimization=config.optimization,
         augment=config.augment,
         lessons=lessons,
-        taps={layer: layer for layer in layers},
+        taps={layer: layer for layer in (*layers, *model.own_layers())},
         labels=labels,
     )
     role = str((context or {}).get("role", ""))

@@ -62,6 +62,14 @@ class GuidedOptions:
 
 
 @dataclass(frozen=True)
+class AttentionTargets:
+    """Of frames as the teacher's attention spreads a text's symbols over them, ``delay`` frames later."""
+
+    delay: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True)
 class HintOptions:
     """Of the student's encoder against the teacher's, ``delay`` frames earlier."""
 
@@ -90,6 +98,8 @@ class Need:
     """What a term wants the teacher to be asked for, and the layers of both it compares."""
 
     posteriors: bool = False
+    # frame targets of an attention decoder along the text
+    attention: bool = False
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     n_best: NBest | None = None
@@ -162,6 +172,11 @@ def _segment(options: SegmentOptions, weight: float, pair: Pair) -> list[Term]:
     return [Term("segment", losses.segment_ctc, {}, given, weight)]
 
 
+def _attention(options: AttentionTargets, weight: float, pair: Pair) -> list[Term]:
+    given = {"blank": pair.blank, **vars(options)}
+    return [Term("attention", losses.frame_ctc, {"teacher": "teacher.attention"}, given, weight)]
+
+
 def _guided(options: GuidedOptions, weight: float, pair: Pair) -> list[Term]:
     given = {"blank": pair.blank, "form": options.form}
     return [Term("guided", partial(delayed_spikes, delay=options.delay), {}, given, weight)]
@@ -204,6 +219,7 @@ KNOWLEDGE: dict[str, Kind] = {
         ),
         _segment,
     ),
+    "attention": Kind(AttentionTargets, lambda options: Need(attention=True), _attention),
     "guided": Kind(GuidedOptions, lambda options: Need(posteriors=True), _guided),
     "hint": Kind(HintOptions, lambda options: Need(student_layers=("encoder",), teacher_layers=("encoder",)), _hint),
     "layers": Kind(
@@ -233,6 +249,7 @@ def needs(given: Mapping[str, Mapping[str, Any]]) -> Need:
         raise UserError("knowledge: wanted sequence or segment, not both in one student")
     return Need(
         any(need.posteriors for need in each),
+        any(need.attention for need in each),
         tuple(dict.fromkeys(layer for need in each for layer in need.student_layers)),
         tuple(dict.fromkeys(layer for need in each for layer in need.teacher_layers)),
         listed[0].n_best if listed else None,

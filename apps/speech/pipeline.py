@@ -121,6 +121,7 @@ class Pipeline:
             self.prepared,
             self._root(seed) / "teacher_cache",
             posteriors=wanted.posteriors,
+            attention=wanted.attention,
             layers=wanted.teacher_layers,
             n_best=wanted.n_best,
             cuts=wanted.cuts,

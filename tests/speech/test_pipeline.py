@@ -26,6 +26,10 @@ TRAINER = {"max_epochs": 1, "patience": 0, "monitor": "cer", "mode": "min", "thr
 # tiny models by kind
 SIZES: dict[str, dict[str, Any]] = {
     "bilstm": {"channels": [2, 4], "width": 16, "hidden": 16, "layers": 1},
+    "attention": {
+        **{"channels": [2, 4], "width": 16, "hidden": 16, "layers": 1},
+        **{"embedding": 8, "decoder": 12, "filters": 2, "kernel": 3},
+    },
     "conformer": {"channels": [2, 4], "width": 16, "heads": 2, "feed_forward": 16, "kernel": 3},
     "chunked_conformer": {"channels": [2, 4], "width": 16, "heads": 2, "feed_forward": 16, "kernel": 3},
     "conv_rnn": {"channels": [2, 4], "width": 16, "hidden": 16, "convolutions": 1, "layers": 1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from apps.speech.models.attention import AttentionCtc, AttentionOptions
 from apps.speech.models.base import AcousticModel, StreamingModel
 from apps.speech.models.conformer import ChunkedConformer, ChunkedConformerOptions, Conformer, ConformerOptions
 from apps.speech.models.recurrent import BiLstm, BiLstmOptions, ConvRnn, ConvRnnOptions
@@ -13,6 +14,7 @@ from kdcore.config import UserError, build, nearest
 # kind -> (class, its options)
 KINDS: dict[str, tuple[type[AcousticModel], type[Any]]] = {
     "bilstm": (BiLstm, BiLstmOptions),
+    "attention": (AttentionCtc, AttentionOptions),
     "conv_rnn": (ConvRnn, ConvRnnOptions),
     "conformer": (Conformer, ConformerOptions),
     "chunked_conformer": (ChunkedConformer, ChunkedConformerOptions),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from apps.speech.features import FEATURE_SHIFT_MS, FEATURES, SILENCE
+from kdcore.teaching import Term
 
 # feature frames that become one frame of logits
 SUBSAMPLING = 4
@@ -61,6 +63,14 @@ class AcousticModel(nn.Module):
     def mean(self) -> Tensor:
         """The features' mean [80] that ``set_statistics`` was given: what stands where features are hidden."""
         raise TypeError(f"{type(self).__name__} does not define mean")
+
+    def own_terms(self) -> Sequence[Term]:
+        """Return what a model learns beside CTC, of values of the teaching step; nothing for most."""
+        return ()
+
+    def own_layers(self) -> tuple[str, ...]:
+        """Return the layers whose output ``own_terms`` read, as ``student.LAYER``."""
+        return ()
 
     def width(self, layer: str) -> int:
         """Return the width D of a layer's output [B, T / 4, D].
