@@ -1,0 +1,74 @@
+"""The commands of the speech wing, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apps.cli import main
+from apps.speech.decode.lm import check_arpa
+from data_scripts.simulate_speech import simulate
+
+
+def test_recipes_of_the_wing_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "--json"]) == 0
+    rows = {row["recipe"]: row for row in json.loads(capsys.readouterr().out) if row["wing"] == "speech"}
+    assert {"ctc_sequence_level", "ctc_frame_level", "clean_to_noisy"} <= set(rows)
+    assert "Takashima" in rows["ctc_sequence_level"]["reference"]
+
+
+@pytest.mark.parametrize("verb", ["prepare", "teach", "distill", "evaluate", "run", "lm", "bench"])
+def test_every_command_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["speech", verb, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"kd speech {verb}" in text.split("example")[1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from apps.speech.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'soundfile', 'jiwer') if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--recipe", "ctc_sequnce_level", "--data", "x"], "unknown recipe 'ctc_sequnce_level'"),
+        (["run", "--recipe", "demo", "--data", "no-such-corpus"], "no-such-corpus is no file or folder"),
+        (["run", "--recipe", "demo", "--data", "x", "--student.kindd", "y"], "kindd"),
+        (["run", "--recipe", "demo"], "wanted --data"),
+        (["run", "--data", "x"], "wanted --recipe NAME"),
+        (["evaluate", "--out", "no-run-here"], "no run here"),
+        (["lm", "--text", "missing.txt", "--out", "lm.arpa"], "missing.txt"),
+        (["lm", "--txt", "missing.txt", "--out", "lm.arpa"], "--text"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["speech", *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and "Traceback" not in "".join(said)
+
+
+def test_a_language_model_from_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("Yes, no!\nno yes\n\nenter five\n", encoding="utf-8")
+    out = tmp_path / "lm.arpa"
+    assert main(["speech", "lm", "--text", str(tmp_path / "text.txt"), "--order", "2", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert set(check_arpa(out)) == {1, 2} and "enter" in out.read_text(encoding="utf-8")
+
+
+def test_prepare_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = simulate(tmp_path / "data", utterances=24)
+    words = ["speech", "prepare", "--recipe", "demo", "--data", str(data), "--out", str(tmp_path / "run"), "--json"]
+    assert main(words) == 0
+    rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
+    assert sum(row["utterances"] for row in rows.values()) == 24 and rows["train"]["left out"] == "none"
