@@ -245,7 +245,8 @@ class Pipeline:
         with processes.first_process_first():
             if processes.is_first_process():
                 for role in ROLES:
-                    deploy_model(self._folder(role, best), self.run.path / role)
+                    if self._folder(role, best).exists():  # a pretrained teacher stays where it is
+                        deploy_model(self._folder(role, best), self.run.path / role)
         return int(best)
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from apps.speech.checks import check_config
 from apps.speech.config import load_config, read_recipe, recipe_names
 from apps.speech.measure import shown_utterance
+from apps.speech.models.huggingface import import_transformers
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline
 from data_scripts.simulate_speech import simulate
@@ -70,6 +71,32 @@ def test_stages_are_kept_and_another_configuration_is_refused(data: Path, tmp_pa
     assert [row["metrics"]["wer"] for row in again] == [row["metrics"]["wer"] for row in first]
     with pytest.raises(UserError, match=r"holds a run with other settings \(seeds\)"):
         _ = small("ctc_sequence_level", data, tmp_path, seeds=[1]).prepared
+
+
+def test_a_pretrained_teacher_from_a_folder(data: Path, tmp_path: Path) -> None:
+    transformers = import_transformers()
+    symbols = small("ctc_frame_level", data, tmp_path / "units").prepared.units.symbols
+    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *(symbol.upper() for symbol in symbols if symbol != "▁")]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.Wav2Vec2Config(
+        vocab_size=len(names),
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        pad_token_id=0,
+        feat_extract_norm="layer",
+        **sizes,
+    )
+    folder = tmp_path / "wav2vec2"
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
+    teacher = {"path": str(folder)}
+    rows = run(small("ctc_frame_level", data, tmp_path, teacher=teacher, views=[{}]))
+    assert [row["model"] for row in rows if row["role"] == "teacher"] == ["pretrained"] * 2
+    terms = [event["terms"] for event in read_log(tmp_path / "run" / "log.jsonl") if event["role"] == "student"]
+    assert terms[0]["frame"] > 0
+    with pytest.raises(UserError, match="an ensemble has no one encoder"):
+        small("ctc_frame_level", data, tmp_path / "hint", teacher=teacher, knowledge={"hint": {}})
 
 
 def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_path: Path) -> None:
