@@ -75,7 +75,7 @@ def run_task(task: Task, folder: Path, rate: float) -> dict[str, Any]:
         step = current.strip_step(current.strip_student(), [], rate=task.setting)
     else:
         step = losses.taught(current, losses.forms()[task.name], task.setting)
-    study.fit(step, task.seed, current.epochs)
+    study.fit(step, task.seed, current.strip_epochs if strips else current.epochs)
     judge = current.test_strips if strips else current.test
     teacher = current.strip_teacher if strips else current.teacher
     valid = (current.validate_strips if strips else current.validate)(step.student)["accuracy"]

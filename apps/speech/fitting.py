@@ -145,10 +145,9 @@ def fit_model(
         taps={layer: layer for layer in (*layers, *model.own_layers())},
         labels=labels,
     )
-    role = str((context or {}).get("role", ""))
-    trainer = Trainer(
-        config.trainer, seed=seed, folder=folder, key=key, context=context, description=f"{role} {config.kind}".strip()
-    )
+    named = {**(context or {}), "model": model.label()}
+    description = f"{named.get('role', '')} {named['model']}".strip()
+    trainer = Trainer(config.trainer, seed=seed, folder=folder, key=key, context=named, description=description)
     result = trainer.fit(step)
     seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     return Fitted(

@@ -261,8 +261,7 @@ def _about(cell: Cell) -> dict[str, Any]:
 def _label(cell: Cell) -> str:
     if not (cell.folder / "model.json").exists():
         return "ensemble" if cell.folder.exists() else "pretrained"
-    about = read_json(cell.folder / "model.json")
-    return f"{about['kind']}-{about['parameters'] / 1e6:.2f}M"
+    return str(read_json(cell.folder / "model.json")["label"])
 
 
 def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[Scores]]]) -> list[dict[str, Any]]:

@@ -198,7 +198,7 @@ class Pipeline:
             seed=seed,
             folder=folder.with_name(f"{folder.name}.checkpoints"),
             key=key,
-            context={"role": role, "model": config.kind, "seed": seed},
+            context={"role": role, "seed": seed},
             labels=self.config.student.labels if role == "student" else 1.0,
             **taught,
         )

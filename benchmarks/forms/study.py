@@ -28,6 +28,8 @@ TAPS = {
 }
 # epochs, and rows a batch
 EPOCHS, BATCH = {"digits": 40, "mnist": 15}, {"digits": 64, "mnist": 64}
+# CTC writes blanks for some hundred updates before it writes anything, so strips take more of them
+STRIP_EPOCHS = {"digits": 40, "mnist": 80}
 # the student alone is tried with each on validation; what is taught takes the best of them
 LEARNING_RATES = (1e-2, 2e-2, 4e-2)
 TEACHER_RATE = 3e-3
@@ -57,6 +59,11 @@ class Study:
     def epochs(self) -> int:
         """Epochs of every student, taught or not, and of the teacher."""
         return EPOCHS[self.data]
+
+    @property
+    def strip_epochs(self) -> int:
+        """Epochs of every network that reads strips."""
+        return STRIP_EPOCHS[self.data]
 
     @property
     def learning(self) -> Learning:
@@ -150,7 +157,7 @@ class Study:
         rate: float | None = None,
     ) -> DistillationStep:
         """Return a step that reads strips: CTC on the labels, and terms on what ``extra`` holds a strip."""
-        learning = self.learning_over(self.epochs, rate)
+        learning = self.learning_over(self.strip_epochs, rate)
         rows = {**self.strips["train"], **(extra or {})}
         return DistillationStep(
             model,
@@ -169,7 +176,7 @@ class Study:
 
         def train() -> Network:
             teacher = make()
-            fit(self.strip_step(teacher, [], rate=TEACHER_RATE), self.seed, self.epochs)
+            fit(self.strip_step(teacher, [], rate=TEACHER_RATE), self.seed, self.strip_epochs)
             return teacher
 
         return self._kept("strip-teacher", train, make)

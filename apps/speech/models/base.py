@@ -84,6 +84,10 @@ class AcousticModel(nn.Module):
             raise ValueError(f"layer: {self.kind} has no {layer!r}, it has {', '.join(known)}")
         return self.head.in_features if layer == "encoder" else int(self.options.width)
 
+    def label(self) -> str:
+        """Return the name of the model in tables: its kind, and its size in millions of weights."""
+        return f"{self.kind}-{self.parameter_count() / 1e6:.2f}M"
+
     def parameter_count(self) -> int:
         """Return the number of weights."""
         return sum(parameter.numel() for parameter in self.parameters())

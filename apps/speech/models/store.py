@@ -23,7 +23,7 @@ def save_model(model: AcousticModel, units: Units, folder: str | Path, **extra: 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_path(target / "model.safetensors") as temporary:
         save_file(tensors, temporary)
-    about = {"kind": model.kind, "options": resolved(model.options), "classes": model.classes}
+    about = {"kind": model.kind, "label": model.label(), "options": resolved(model.options), "classes": model.classes}
     about |= {"parameters": model.parameter_count(), "streaming": model.streaming}
     write_json(target / "model.json", {**about, **extra})
 
