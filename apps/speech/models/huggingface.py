@@ -11,11 +11,12 @@ of two symbols within it, and the one blank between two equal symbols. Sequence-
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -282,26 +283,37 @@ def _groups(folder: Path, config: dict[str, Any], symbols: Sequence[str]) -> Ten
 def import_transformers() -> ModuleType:
     """Return transformers with the models of ``MODELS`` at hand.
 
-    It imports torchaudio where there is one. That of PyPI is built for CUDA and cannot be loaded beside a torch for
-    CPUs, so it is out of sight then; these models need nothing of it.
-
     Raises:
         UserError: transformers is not installed.
     """
-    hidden = torch.version.cuda is None and "torchaudio" not in sys.modules
-    if hidden:
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]
     try:
         transformers = importlib.import_module("transformers")
-        for names in MODELS.values():
-            for name in names:
-                getattr(transformers, name)  # imported when it is first asked for
+        with _without_broken_torchaudio(transformers.utils.is_torchaudio_available):
+            for names in MODELS.values():
+                for name in names:
+                    getattr(transformers, name)  # imported when it is first asked for
     except ModuleNotFoundError as error:
         raise UserError(f"a Hugging Face teacher needs transformers: {error}; pip install 'transformers>=5'") from None
-    finally:
-        if hidden:
-            del sys.modules["torchaudio"]
     return transformers
+
+
+@contextlib.contextmanager
+def _without_broken_torchaudio(available: Any) -> Iterator[None]:
+    """Hide a torchaudio that cannot be loaded while the models, which need nothing of it, are imported.
+
+    transformers imports torchaudio wherever it is installed, and that of PyPI is built for CUDA: beside a torch for
+    CPUs it fails. ``available`` is the cached question of transformers, which someone may have asked before.
+    """
+    if torch.version.cuda is not None or "torchaudio" in sys.modules:
+        yield
+        return
+    sys.modules["torchaudio"] = None  # type: ignore[assignment]
+    available.cache_clear()
+    try:
+        yield
+    finally:
+        del sys.modules["torchaudio"]
+        available.cache_clear()
 
 
 def _load(folder: Path, kind: str) -> PreTrainedModel:

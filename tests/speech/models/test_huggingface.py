@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,16 @@ def kept(tmp_path_factory):
 @pytest.fixture
 def folder(kept, tmp_path):
     return Path(shutil.copytree(kept, tmp_path / "model"))
+
+
+def test_it_does_not_matter_who_imported_transformers_first() -> None:
+    code = (
+        "import sys, transformers; transformers.utils.is_torchaudio_available()\n"
+        "from apps.speech.models.huggingface import import_transformers\n"
+        "import_transformers().Wav2Vec2ForCTC; assert sys.modules.get('torchaudio', 'none') is not None"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def samples(count: int, seed: int = 0) -> np.ndarray:
