@@ -18,6 +18,8 @@ FEATURES = 80
 FEATURE_SHIFT_MS = 10
 # what digital silence has: the log of the smallest energy that is told from 0, float32's epsilon
 SILENCE = float(np.log(np.finfo(np.float32).eps))
+# silence behind every utterance, in training and on the device: a streaming model speaks a little after it has heard
+TAIL_MS = 240
 
 
 def _options() -> kaldi_native_fbank.FbankOptions:
@@ -60,6 +62,11 @@ class OnlineFeatures:
         self._fbank.pop(count - self._taken)
         self._taken = count
         return frames
+
+
+def with_tail(samples: np.ndarray) -> np.ndarray:
+    """Return samples [n] followed by ``TAIL_MS`` of digital silence."""
+    return np.concatenate([samples, np.zeros(TAIL_MS * SAMPLE_RATE // 1000, samples.dtype)])
 
 
 def fbank(samples: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from apps.speech.data.parts import Parts, read_parts, spellable
 from apps.speech.data.store import FeatureStore, build_store
 from apps.speech.data.utterance import Corpus
 from apps.speech.distill import Utterances
+from apps.speech.features import TAIL_MS, with_tail
 from apps.speech.units import Units, train_sentencepiece
 from apps.speech.views import parse_view
 from kdcore.run import fingerprint, read_json, write_json
@@ -57,28 +58,36 @@ class Prepared:
         return [each.text or "" for each in self.corpora[part].utterances]
 
     def store(self, parts: str | Sequence[str], view: str, seed: int = 0) -> FeatureStore:
-        """Return the features of one part or of several, one after the other, in a view; computed at the first call."""
+        """Return the features of one part or of several, one after the other, in a view, each with its tail of silence.
+
+        They are computed at the first call.
+        """
         corpora = [self.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
         heard, count = parse_view(view), sum(map(len, corpora))
 
         def audio() -> Iterator[np.ndarray]:
             for corpus in corpora:
                 for utterance in corpus.utterances:
-                    yield heard.apply(corpus.load(utterance), utterance.id, seed)
+                    yield with_tail(heard.apply(corpus.load(utterance), utterance.id, seed))
 
         def progress(done: int, total: int) -> None:
             if done % 200 == 0 or done == total:
                 self.announce(f"features of view {heard.name}: {done} of {total}")
 
-        name = fingerprint(*(corpus.fingerprint for corpus in corpora), {"view": heard.name, "seed": seed})
+        name = fingerprint(
+            *(corpus.fingerprint for corpus in corpora), {"view": heard.name, "seed": seed, "tail": TAIL_MS}
+        )
         return build_store(self.folder / "features" / name, name, audio(), count, progress)
 
     def samples(self, parts: str | Sequence[str], view: str, rows: Sequence[int], seed: int = 0) -> list[np.ndarray]:
-        """Return the samples float32 [n] of rows of one part, or of several one after the other, in a view."""
+        """Return the samples float32 [n] of rows of one part, or of several one after the other, in a view.
+
+        As those of the features, they end with a tail of silence.
+        """
         corpora = [self.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
         all_of = [(corpus, utterance) for corpus in corpora for utterance in corpus.utterances]
         heard = parse_view(view)
-        return [heard.apply(all_of[row][0].load(all_of[row][1]), all_of[row][1].id, seed) for row in rows]
+        return [with_tail(heard.apply(all_of[row][0].load(all_of[row][1]), all_of[row][1].id, seed)) for row in rows]
 
     @property
     def training_parts(self) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.speech.features import FEATURES, SAMPLE_RATE, SILENCE, OnlineFeatures, fbank
+from apps.speech.features import FEATURES, SAMPLE_RATE, SILENCE, TAIL_MS, OnlineFeatures, fbank, with_tail
 
 
 def tone(seconds: float, hertz: float = 440.0) -> np.ndarray:
@@ -59,6 +59,14 @@ def test_packets_of_any_size_give_the_same(cuts: list[int]) -> None:
 def test_digital_silence_has_its_value_and_no_audio_no_frames() -> None:
     assert np.unique(fbank(np.zeros(1600, np.float32))).tolist() == [np.float32(SILENCE)]
     assert fbank(np.zeros(0, np.float32)).shape == (0, FEATURES)
+
+
+def test_a_tail_is_silence_behind_the_samples() -> None:
+    samples = tone(0.5)
+    longer = with_tail(samples)
+    assert longer.dtype == np.float32 and len(longer) == len(samples) + TAIL_MS * 16
+    np.testing.assert_array_equal(longer[: len(samples)], samples)
+    assert not longer[len(samples) :].any()
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(10), np.zeros((10, 2), np.float32)])
