@@ -39,6 +39,7 @@ def main(words: Sequence[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, what in _STAGES.items():
         _add_stage(verbs, verb, what)
+    _add_shards(verbs)
     _add_lm(verbs)
     _add_bench(verbs)
     args, rest = parser.parse_known_args(words)
@@ -48,7 +49,7 @@ def main(words: Sequence[str]) -> int:
             return _stage(args, split_overrides(rest, known))
     if rest:
         raise unknown_argument(rest[0], known)
-    return {"lm": _lm, "bench": _bench}[args.verb](args)
+    return {"shards": _shards, "lm": _lm, "bench": _bench}[args.verb](args)
 
 
 def describe_recipes() -> list[dict[str, str]]:
@@ -66,18 +67,31 @@ def _add_stage(verbs: Any, verb: str, what: str) -> None:
         epilog=example(
             f"kd speech {verb} --recipe ctc_sequence_level --data an4 --seeds 0,1,2 --out runs/an4",
             f"kd speech {verb} --recipe clean_to_noisy --data my/manifest.jsonl --student.options.size tiny",
+            f"kd speech {verb} --recipe ctc_sequence_level --data an4 fsdd@speaker!=george --test fsdd@speaker=george",
         ),
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", help="a recipe of `kd recipes`")
     source.add_argument("--config", type=Path, help="a YAML file of the same form")
     parser.add_argument(
-        "--data", help="a name (an4), a manifest or a folder of any known format; `simulated` makes a corpus"
+        "--data",
+        nargs="+",
+        metavar="CORPUS",
+        help="a name (an4), a manifest, a folder of any known format or tar shards, or several of them; `simulated` "
+        "makes a corpus; CORPUS@speaker=A,B takes these speakers only, CORPUS@speaker!=A all others, "
+        "CORPUS@split=NAME a part (so with any field of its rows)",
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
     for part in ("train", "valid", "test"):
-        parser.add_argument(f"--{part}", help=f"the {part} part, instead of that of --data")
-    parser.add_argument("--unlabelled", help="recordings without a text, on which the teacher alone teaches")
+        parser.add_argument(
+            f"--{part}", nargs="+", metavar="CORPUS", help=f"the {part} part, instead of that of --data"
+        )
+    parser.add_argument(
+        "--unlabelled",
+        nargs="+",
+        metavar="CORPUS",
+        help="recordings without a text, on which the teacher alone teaches",
+    )
     parser.add_argument("--seeds", type=integers, help="one run a seed, such as 0,1,2")
     parser.add_argument("--out", type=Path, help="the run directory (default runs/RECIPE-DATA)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -85,12 +99,12 @@ def _add_stage(verbs: Any, verb: str, what: str) -> None:
 
 def _settings(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the command's own options as overrides, before the explicit ones."""
-    own = [("data.path", json.dumps(args.data))] if args.data else []
-    own += [
-        (f"data.{part}", json.dumps(getattr(args, part)))
-        for part in ("train", "valid", "test", "unlabelled")
-        if getattr(args, part)
-    ]
+    own = []
+    for name in ("data", "train", "valid", "test", "unlabelled"):
+        given = getattr(args, name)
+        if given:
+            value = given if len(given) > 1 else given[0]
+            own.append(("data.path" if name == "data" else f"data.{name}", json.dumps(value)))
     if args.skip_bad:
         own.append(("data.skip_bad", "true"))
     if args.seeds:
@@ -106,7 +120,7 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
     announce = Announcer()
     given = _settings(args, overrides)
     if args.recipe is None and args.config is None and args.out is None and not args.data:
-        args.recipe, args.data = "demo", "simulated"  # what a fresh machine has
+        args.recipe, args.data = "demo", ["simulated"]  # what a fresh machine has
         given = _settings(args, overrides)
     if args.recipe is None and args.config is None:
         if args.out is None:
@@ -116,20 +130,17 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
                 f"--{given[0][0]}: wanted --recipe or --config with it; without, {args.out} keeps its settings"
             )
         return Pipeline.reopen(args.out, announce)
-    if args.data == "simulated" and not Path("simulated").exists():
+    if "simulated" in (args.data or ()) and not Path("simulated").exists():
         from data_scripts.simulate_speech import simulate
 
         with processes.first_process_first():
-            given = [*_simulated(simulate(Path("data/simulated-speech"), progress=True)), *given[1:]]
+            made = str(simulate(Path("data/simulated-speech"), progress=True))
+        args.data = [made if each == "simulated" else each for each in args.data]
+        given = _settings(args, overrides)
     config = load_config(recipe=args.recipe, file=args.config, overrides=given)
     if not (config.data.path or config.data.train):
         raise UserError("wanted --data NAME or PATH, or --train and --test")
-    name = Path(config.data.path or config.data.train or "data").name.split(".")[0]
-    return Pipeline(config, args.out or Path("runs") / f"{config.recipe}-{name}", announce)
-
-
-def _simulated(folder: Path) -> list[tuple[str, str]]:
-    return [("data.path", json.dumps(str(folder)))]
+    return Pipeline(config, args.out or Path("runs") / f"{config.recipe}-{config.data.name}", announce)
 
 
 def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -187,6 +198,33 @@ def _finish(pipeline: Pipeline, as_json: bool) -> None:
     print(f"report: {report}")
 
 
+def _add_shards(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "shards",
+        help="write a corpus as tar shards, which --data reads too",
+        description="Write a corpus as tar shards (WebDataset's layout; audio as 16 kHz FLAC), for large corpora.",
+        epilog=example(
+            "kd speech shards --data an4@split=train --out shards/an4", "kd speech run ... --train shards/an4"
+        ),
+    )
+    parser.add_argument("--data", required=True, nargs="+", metavar="CORPUS", help="as of `kd speech run`")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--per-shard", type=int, default=1000, help="utterances a shard (default 1000)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
+
+
+def _shards(args: argparse.Namespace) -> int:
+    from apps.speech.data.corpora import Sources
+    from apps.speech.data.shards import write_shards
+
+    if args.per_shard < 1:
+        raise UserError(f"--per-shard: got {args.per_shard}, wanted at least 1")
+    sources = Sources(skip_bad=args.skip_bad, several=len(args.data) > 1)
+    for path in write_shards(sources.whole(args.data), args.out, per_shard=args.per_shard, skip_bad=args.skip_bad):
+        print(path)
+    return 0
+
+
 def _add_lm(verbs: Any) -> None:
     parser = verbs.add_parser(
         "lm",
@@ -212,13 +250,13 @@ def _lm(args: argparse.Namespace) -> int:
 def _add_bench(verbs: Any) -> None:
     parser = verbs.add_parser(
         "bench",
-        help="measure: quality, train",
+        help="measure: quality, train, digits, noise",
         epilog=example("kd speech bench quality --json benchmarks/results/speech_quality.json"),
     )
-    parser.add_argument("what", choices=("quality", "train"), help="which benchmark")
+    parser.add_argument("what", choices=("quality", "train", "digits", "noise"), help="which benchmark")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
-    parser.add_argument("--only", default="", help="some of its parts, joined by commas")
+    parser.add_argument("--only", default="", help="some of the recipes of quality, joined by commas")
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,27 +19,42 @@ from kdcore.trainer import TrainerConfig
 class DataConfig:
     """Which recordings are read, and how."""
 
-    # a name (an4), a manifest or a folder; its parts are train, valid and test if it has them
-    path: str = ""
-    # files or folders of the parts, instead of those in ``path``
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
+    # a name (an4), a manifest, a folder or shards, or a list of several; the parts are train, valid and test if there
+    # are such. NAME@speaker=A,B takes some of a corpus, NAME@speaker!=A the others, NAME@split=train one of its splits
+    path: str | list[str] = ""
+    # corpora of the parts, instead of those of ``path``
+    train: str | list[str] | None = None
+    valid: str | list[str] | None = None
+    test: str | list[str] | None = None
     # speakers of the training part that validate where there is no valid part, and that test where there is no test
     valid_speakers: int = 8
     test_speakers: int = 8
     split_seed: int = 0
     # recordings without a text, which the teacher alone teaches on
-    unlabelled: str | None = None
+    unlabelled: str | list[str] | None = None
     text: TextRules = field(default_factory=TextRules)
     skip_bad: bool = False
+
+    @property
+    def corpora(self) -> list[str | list[str]]:
+        """What is given as a corpus or corpora, in order: of all parts, then of single ones."""
+        given = [self.path or None, self.train, self.valid, self.test, self.unlabelled]
+        return [each for each in given if each is not None]
+
+    @property
+    def name(self) -> str:
+        """The name of what is trained on, for a folder: ``an4``, ``an4+fsdd``."""
+        first = next(iter(self.corpora), "data")
+        names = [first] if isinstance(first, str) else first
+        return "+".join(dict.fromkeys(Path(name).name.split("@")[0].split(".")[0] for name in names))
 
 
 @dataclass(frozen=True)
 class UnitsConfig:
-    """What the models write: characters, or SentencePiece pieces trained on the training texts."""
+    """What the models write: characters, SentencePiece pieces trained on the training texts, or whole words."""
 
-    kind: Literal["characters", "sentencepiece"] = "characters"
+    # words: each word of the training texts is one symbol, as the events of a detector are
+    kind: Literal["characters", "sentencepiece", "words"] = "characters"
     # of pieces
     size: int = 256
 
@@ -65,6 +80,14 @@ class ModelConfig:
     optimization: Optimization = field(default_factory=Optimization)
     augment: SpecAugment | None = field(default_factory=SpecAugment)
     trainer: TrainerConfig = field(default_factory=_trainer)
+    # int8: validated, chosen and stored with the weights rounded as an int8 runtime rounds them
+    quantize: Literal["none", "int8"] = "none"
+    # the share of the epochs after which training feels the rounding too
+    quantize_from: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quantize_from <= 1:
+            raise ValueError(f"quantize_from: got {self.quantize_from}, wanted a share of the epochs, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,7 @@ class SpeechConfig:
 def alone_config(config: SpeechConfig) -> ModelConfig:
     """Return how the student is trained without a teacher: as with one, but for what ``student.alone`` sets."""
     student = config.student
-    plain = resolved(ModelConfig(student.kind, student.options, student.optimization, student.augment, student.trainer))
+    plain = resolved(ModelConfig(**{each.name: getattr(student, each.name) for each in fields(ModelConfig)}))
     for section, values in student.alone.items():
         if section not in ("optimization", "augment", "trainer") or not isinstance(values, dict):
             raise UserError(f"student.alone: got {section!r}, wanted optimization, augment or trainer with settings")

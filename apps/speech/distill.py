@@ -19,7 +19,7 @@ from apps.speech.features import SILENCE
 from apps.speech.models.base import AcousticModel, output_lengths
 from apps.speech.spec_augment import SpecAugment
 from kdcore.losses.contract import Reduction
-from kdcore.teaching import Taps, Term
+from kdcore.teaching import Taps, Term, set_rounding
 from kdcore.teaching.terms import Terms
 from kdcore.trainer import Batch, TeachingStep
 
@@ -120,6 +120,7 @@ class SpeechStep(TeachingStep):
         lessons: Lessons | None = None,
         taps: Mapping[str, str] | None = None,
         labels: float = 1.0,
+        rounded_from: int | None = None,
     ) -> None:
         super().__init__()
         if not len(data.rows):
@@ -130,6 +131,8 @@ class SpeechStep(TeachingStep):
         self.augment, self.lessons, self.taps = augment, lessons, dict(taps or {})
         own = Term("ctc", ctc, {"mask": "mask"}, {"blank": student.classes - 1}, labels)
         self.terms = Terms([*([own] if data.labelled() else []), *terms])
+        # the epoch from which training feels int8 weights; None: never
+        self.rounded_from = rounded_from
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -147,8 +150,10 @@ class SpeechStep(TeachingStep):
         return self._optimizer
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
-        """Set the weights of the terms."""
+        """Set the weights of the terms, and whether the student's are rounded."""
         self.terms.begin_epoch(epoch)
+        if self.rounded_from is not None and epoch >= self.rounded_from:
+            set_rounding(self.student, True)
 
     def batch_count(self) -> int:
         """Return the number of batches of the first epoch; views of other lengths move it a little."""

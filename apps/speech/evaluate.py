@@ -102,6 +102,15 @@ class Scores:
         """``wer``, ``cer`` and ``ser`` (share of utterances with an error), for metrics.json."""
         return {"wer": self.wer, "cer": self.cer, "ser": float((self.edits.sum(axis=1) > 0).mean())}
 
+    def part(self, inside: np.ndarray) -> Scores:
+        """Return the scores of the utterances where ``inside``, bool [U], is true; UserError if they have no word."""
+        rows = np.flatnonzero(inside)
+        if not self.words[rows].sum():
+            raise UserError("part: no reference of it has a word, so there is no error rate")
+        texts = (self.ids, self.speakers, self.references, self.hypotheses)
+        ids, speakers, references, hypotheses = (tuple(each[row] for row in rows) for each in texts)
+        return Scores(ids, speakers, self.durations[rows], self.snrs[rows], references, hypotheses)
+
     def interval(
         self,
         metric: str = "wer",

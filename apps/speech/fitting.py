@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from apps.speech.models import AcousticModel, new_model
 from apps.speech.models.attention import AttentionCtc
 from apps.speech.models.base import output_lengths
 from apps.speech.units import Units
-from kdcore.teaching import Taps, Term
+from kdcore.teaching import Taps, Term, keep_rounded, round_weights
 from kdcore.trainer import Trainer
 
 # feature frames of a batch whose posteriors are asked for
@@ -133,6 +134,7 @@ def fit_model(
     torch.manual_seed(seed)
     model = new_model(config.kind, units.blank + 1, config.options)
     model.set_statistics(*(torch.from_numpy(each) for each in statistics))
+    rounded = config.quantize == "int8" and round_weights(model, active=False) > 0
     step = SpeechStep(
         model,
         data,
@@ -144,11 +146,14 @@ def fit_model(
         lessons=lessons,
         taps={layer: layer for layer in (*layers, *model.own_layers())},
         labels=labels,
+        rounded_from=math.ceil(config.quantize_from * config.trainer.max_epochs) if rounded else None,
     )
     named = {**(context or {}), "model": model.label()}
     description = f"{named.get('role', '')} {named['model']}".strip()
     trainer = Trainer(config.trainer, seed=seed, folder=folder, key=key, context=named, description=description)
     result = trainer.fit(step)
+    if rounded:
+        keep_rounded(model)
     seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     return Fitted(
         model.eval(),

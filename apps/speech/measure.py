@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,20 @@ from apps.speech.decode.lexicon import WordDecoder
 from apps.speech.decode.ngram import write_arpa
 from apps.speech.decode.words import Word, timed_words
 from apps.speech.evaluate import Scores, compare, score, worst
-from apps.speech.latency import ComputeTime, emission_delays, real_time_factor, summarise
+from apps.speech.latency import (
+    ComputeTime,
+    emission_delays,
+    finalisation_latency,
+    first_symbol_latency,
+    peak_memory,
+    real_time_factor,
+    summarise,
+)
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model, model_bytes
 from apps.speech.pipeline import Cell, Pipeline
 from apps.speech.slices import slices
+from apps.speech.views import parse_view
 from kdcore import processes
 from kdcore.run import metric_row, read_json, write_json
 
@@ -103,8 +112,12 @@ class Measurement:
         )
 
     def scored(self, part: str, texts: Sequence[str]) -> Scores:
-        """Return the errors of one text an utterance."""
-        return score(self.prepared.corpora[part].utterances, texts, self.config.data.text)
+        """Return the errors of one text an utterance; where the test view adds noise, its ratio is that of the draw."""
+        view, utterances = parse_view(self.config.test_view), list(self.prepared.corpora[part].utterances)
+        for place, each in enumerate(utterances):
+            if (snr := view.snr(each.id, 0)) is not None:
+                utterances[place] = replace(each, extra={**each.extra, "snr": snr})
+        return score(utterances, texts, self.config.data.text)
 
     def greedy(self, part: str, heard: Heard) -> Scores:
         """Return the errors of best paths."""
@@ -147,19 +160,29 @@ class Measurement:
             write_json(cell.folder / "calibration.json", {"scale": calibration.scale, "offset": calibration.offset})
         return Chosen(self.tune(heard) if self.config.decode.order else None, calibration)
 
-    def delays(self, student: Heard, teacher: Heard, model: StreamingModel, part: str) -> list[float]:
-        """Return how long after its end by the teacher's best path each right word of the student's appears, in ms."""
-        symbols, found = self.prepared.units.symbols, []
+    def delays(self, student: Heard, teacher: Heard, model: StreamingModel, part: str) -> dict[str, list[float | None]]:
+        """Return how long a part's words wait for the student, in ms, by the times of the teacher's best path.
+
+        ``delay``: each right word from its end until it appears; ``first_symbol``: each utterance from the start of its
+        first word until anything appears; ``final``: from the end of its last word until the last one appeared.
+        """
+        symbols = self.prepared.units.symbols
+        found: dict[str, list[float | None]] = {"delay": [], "first_symbol": [], "final": []}
+        # what ends within a chunk is known when the chunk is complete
+        chunk = model.chunk_frames * FRAME_MS / 1000
+
+        def known(seconds: float) -> float:
+            return math.ceil(round(seconds / chunk, 6)) * chunk
+
         references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
         for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
             best = greedy(own)
-            words: list[dict[str, Any]] = [dict(word) for word in timed_words(best, symbols)]
-            for word in words:
-                # the word's last symbol is known when its chunk is complete
-                chunk = model.chunk_frames * FRAME_MS / 1000
-                word["emitted"] = math.ceil(round(word["end"] / chunk, 6)) * chunk
+            words = [{**word, "emitted": known(word["end"])} for word in timed_words(best, symbols)]
             said: list[Word] = timed_words(greedy(theirs), symbols)
-            found += [each.delay_ms for each in emission_delays(words, said, reference)]
+            first = known((best.frames[0] + 1) * FRAME_MS / 1000) if best.frames else None
+            found["delay"] += [each.delay_ms for each in emission_delays(words, said, reference)]
+            found["first_symbol"].append(first_symbol_latency(words, said, first_symbol=first))
+            found["final"].append(finalisation_latency(words, said))
         return found
 
 
@@ -222,12 +245,15 @@ def _metrics(
 
 
 def _delays(measurement: Measurement, cell: Cell, student: Heard, teacher: Heard) -> dict[str, float]:
-    """Return how long words wait to appear, in ms: median and 90th percentile."""
+    """Return how long words wait to appear, in ms: median and 90th percentile of each kind of wait."""
     model, _ = load_model(cell.folder)
     if not isinstance(model, StreamingModel):
         return {}
-    found = summarise(measurement.delays(student, teacher, model, "test"))
-    return {f"delay_ms_{name}": value for name in ("p50", "p90") if (value := found[name]) is not None}
+    values: dict[str, float] = {}
+    for kind, waits in measurement.delays(student, teacher, model, "test").items():
+        found = summarise(waits)
+        values |= {f"{kind}_ms_{name}": value for name in ("p50", "p90") if (value := found[name]) is not None}
+    return values
 
 
 def _row(
@@ -247,6 +273,8 @@ def _row(
         train_seconds=about["train_seconds"],
         train_cpu_seconds=about["train_cpu_seconds"],
         lm_weights=list(chosen.weights) if chosen.weights else None,
+        # of the process that evaluates, up to here, with whatever it trained before
+        peak_memory_bytes=peak_memory(),
     )
 
 

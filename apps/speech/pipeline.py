@@ -73,7 +73,11 @@ class Pipeline:
             if not (self.run.path / "provenance.json").exists():
                 about = provenance(
                     seeds=self.config.seeds,
-                    data={"name": Path(self.config.data.path).name, "fingerprint": found.fingerprint},
+                    data={
+                        "name": self.config.data.name,
+                        "fingerprint": found.fingerprint,
+                        "corpora": list(found.sources),
+                    },
                     simulated=found.simulated,
                 )
                 write_json(self.run.path / "provenance.json", about)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from apps.speech.config import SpeechConfig
+from apps.speech.config import SpeechConfig, UnitsConfig
 from apps.speech.data.formats import read_corpus
 from apps.speech.data.manifest import write_manifest
 from apps.speech.data.parts import Parts, read_parts, spellable
@@ -17,7 +18,7 @@ from apps.speech.data.store import FeatureStore, build_store
 from apps.speech.data.utterance import Corpus
 from apps.speech.distill import Utterances
 from apps.speech.features import TAIL_MS, with_tail
-from apps.speech.units import Units, train_sentencepiece
+from apps.speech.units import Units, train_sentencepiece, train_words
 from apps.speech.views import parse_view
 from kdcore.run import fingerprint, read_json, write_json
 
@@ -34,18 +35,30 @@ class Prepared:
     corpora: dict[str, Corpus]
     units: Units
     counts: dict[str, int]
-    simulated: bool = False
+    # name and whether simulated, of each corpus it was read from
+    sources: Sequence[Mapping[str, Any]] = ()
+    # what is wrong with audio that can be read, by part and kind: how often, and the first utterances
+    audio: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     announce: Announce = lambda text: None
 
+    @property
+    def simulated(self) -> bool:
+        """Whether any of it is."""
+        return any(source["simulated"] for source in self.sources)
+
     def statistics(self) -> list[dict[str, Any]]:
-        """Return what each part holds: utterances, hours, speakers, words, and what was left out of it."""
+        """Return what each part holds: utterances, hours, speakers, words, what was left out, bad audio."""
         rows = []
         for part, corpus in self.corpora.items():
             words = sum(len((each.text or "").split()) for each in corpus.utterances)
             left_out = {name.removeprefix(f"{part}: "): n for name, n in self.counts.items() if name.startswith(part)}
             row: dict[str, Any] = {"part": part, "utterances": len(corpus), "hours": round(corpus.seconds / 3600, 3)}
             row |= {"speakers": len({each.speaker for each in corpus.utterances}), "words": words}
-            rows.append({**row, "left out": ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"})
+            row["left out"] = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"
+            row["audio"] = _remarks(self.audio.get(part, {}))
+            if held := Counter(each.extra["corpus"] for each in corpus.utterances if "corpus" in each.extra):
+                row["corpora"] = ", ".join(f"{n} {name}" for name, n in held.items())
+            rows.append(row)
         return rows
 
     @property
@@ -105,6 +118,15 @@ class Prepared:
         return Utterances([self.store(parts, view, seed) for view in views], labels, np.arange(len(labels)))
 
 
+def _remarks(audio: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return in words how many utterances have bad audio of each kind, and the first of them."""
+    found = []
+    for kind, each in audio.items():
+        more = ", ..." if each["count"] > len(each["first"]) else ""
+        found.append(f"{each['count']} {kind} ({', '.join(each['first'])}{more})")
+    return "; ".join(found) or "good"
+
+
 def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text: None) -> Prepared:
     """Return the data of a run; it is read and checked at the first call and kept in the run's folder."""
     file = folder / "data" / "data.json"
@@ -112,13 +134,19 @@ def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text
         _write(config, folder / "data", read_parts(config.data, announce))
     about = read_json(file)
     corpora = {part: read_corpus(folder / "data" / f"{part}.jsonl") for part in about["parts"]}
-    return Prepared(folder, corpora, Units.load(folder / "data"), about["left_out"], about["simulated"], announce)
+    units = Units.load(folder / "data")
+    return Prepared(folder, corpora, units, about["left_out"], about["corpora"], about["audio"], announce)
+
+
+def _units(config: UnitsConfig, texts: Sequence[str]) -> Units:
+    if config.kind == "words":
+        return train_words(texts)
+    return Units.of_characters(texts) if config.kind == "characters" else train_sentencepiece(texts, config.size)
 
 
 def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
     texts = [each.text for each in parts["train"].utterances if each.text]
-    kind = config.units
-    units = Units.of_characters(texts) if kind.kind == "characters" else train_sentencepiece(texts, kind.size)
+    units = _units(config.units, texts)
     corpora, short = {}, []
     for part, corpus in parts.corpora.items():
         # test and validation texts are compared as words: what the units cannot write counts as errors
@@ -130,10 +158,8 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
     units.save(folder)
     for part, corpus in corpora.items():
         write_manifest(folder / f"{part}.jsonl", corpus)
-    left_out = Parts(corpora).left_out
     problems = [problem for corpus in corpora.values() for problem in corpus.problems] + short
+    about: dict[str, Any] = {"parts": list(corpora), "left_out": Parts(corpora).left_out, "problems": problems[:50]}
+    about["corpora"] = [{"name": source.name, "simulated": source.simulated} for source in parts.sources]
     # last: its presence says that the data is whole
-    write_json(
-        folder / "data.json",
-        {"parts": list(corpora), "left_out": left_out, "problems": problems[:50], "simulated": parts.simulated},
-    )
+    write_json(folder / "data.json", {**about, "audio": parts.audio, "simulated": parts.simulated})

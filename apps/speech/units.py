@@ -1,4 +1,4 @@
-"""The symbols that a model writes: characters or SentencePiece pieces, and the blank after them. No torch.
+"""The symbols that a model writes: characters, SentencePiece pieces or words, and the blank after them. No torch.
 
 Words are separated by ``▁``: among characters it is a symbol of its own, a piece carries it in front. Either way the
 text of a sequence of symbols is their concatenation with ``▁`` read as a space, which is all that a device needs.
@@ -171,11 +171,14 @@ def train_sentencepiece(
 
     Reference: Kudo and Richardson, 2018 (SentencePiece).
     """
-    import sentencepiece
-
     if kind not in ("bpe", "unigram"):
         raise ValueError(f"kind: got {kind!r}, wanted 'bpe' or 'unigram'")
-    given = [" ".join(text.split()) for text in texts if text.strip()]
+    return _trained([" ".join(text.split()) for text in texts if text.strip()], size, kind, name)
+
+
+def _trained(given: Sequence[str], size: int, kind: str, name: str) -> Units:
+    import sentencepiece
+
     if not given:
         raise UserError(f"{name}: no text to learn pieces from")
     written = io.BytesIO()
@@ -201,6 +204,16 @@ def train_sentencepiece(
         reason = " ".join(str(error).split()).rsplit("] ", 1)[-1]
         raise UserError(f"{name}: {size} pieces cannot be made of {len(given)} texts: {reason}") from None
     return Units.from_sentencepiece(written.getvalue())
+
+
+def train_words(texts: Iterable[str], *, name: str = "texts") -> Units:
+    """Return the distinct words of normalised texts as pieces, the most frequent first; a word outside is no symbol.
+
+    Raises:
+        UserError: no text.
+    """
+    given = [" ".join(text.split()) for text in texts if text.strip()]
+    return _trained(given, len({word for text in given for word in text.split()}), "word", name)
 
 
 def _processor(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:

@@ -18,7 +18,15 @@ from kdcore.teaching.generations import Residual, Stage, assistant_chain, born_a
 from kdcore.teaching.lifelong import Heads, WithoutForgettingStep, choose_exemplars
 from kdcore.teaching.mutual import DiversePeersStep, MutualLearningStep, Peers
 from kdcore.teaching.pruning import CrossDistillationStep, finish_pruning, prune_channels, remaining_parameters
-from kdcore.teaching.quantised import ExportedStudent, convert_quantised, prepare_quantised, stored_bytes
+from kdcore.teaching.quantised import (
+    ExportedStudent,
+    convert_quantised,
+    keep_rounded,
+    prepare_quantised,
+    round_weights,
+    set_rounding,
+    stored_bytes,
+)
 from kdcore.teaching.registry import TeachingEntry, teaching, teaching_entries, teaching_entry
 from kdcore.teaching.robust import AdversariallyRobustStep, DefensiveStep, Tempered, attack
 from kdcore.teaching.schedules import Schedule, switched_on, warm_up
@@ -83,6 +91,7 @@ __all__ = [
     "federated_average",
     "finish_pruning",
     "frozen",
+    "keep_rounded",
     "labels_term",
     "mixture",
     "most_confident",
@@ -91,6 +100,8 @@ __all__ = [
     "prune_channels",
     "remaining_parameters",
     "residual_assistant",
+    "round_weights",
+    "set_rounding",
     "solo_fabric",
     "stored_bytes",
     "switched_on",

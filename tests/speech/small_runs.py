@@ -44,7 +44,7 @@ def small(recipe: str, source: Path, folder: Path, **changes: Any) -> Pipeline:
 
 
 def _tiny(model: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in model.items() if name in ("kind", "guided", "labels", "alone")}
+    kept = {name: value for name, value in model.items() if name in ("kind", "guided", "labels", "alone", "quantize")}
     sizes = dict(SIZES[model["kind"]])
     return {**kept, "options": sizes, "trainer": TRAINER, "optimization": {"batch_frames": 1500}}
 

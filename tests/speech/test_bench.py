@@ -1,40 +1,121 @@
-"""The benchmarks' own parts: what runs share, and how results are summed up."""
+"""The benchmarks on tiny models: what they compare, what runs share, that they go on where they stopped."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
-from apps.speech.bench import _share, _summary, run_bench
+from apps.speech import bench_digits, bench_noise, bench_quality, bench_train
+from apps.speech.bench import BENCHMARKS, run_bench
+from apps.speech.evaluate import Scores
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
-from tests.speech.small_runs import run, small
+from kdcore.run import read_json
+from tests.speech.small_runs import SIZES, TRAINER
+
+TINY = [
+    ("teacher.options", json.dumps(SIZES["bilstm"])),
+    ("student.options", json.dumps(SIZES["conv_rnn"])),
+    ("decode", '{"beam": 4, "order": 2, "lm_weights": [1.0], "word_scores": [0.0]}'),
+    ("data.valid_speakers", "1"),
+    *((f"{role}.trainer", json.dumps(TRAINER)) for role in ("teacher", "student")),
+    *((f"{role}.optimization", '{"batch_frames": 1500}') for role in ("teacher", "student")),
+    ("views", '[{"student": "clean"}]'),
+]
 
 
-def test_runs_share_the_teacher_and_what_it_said(tmp_path: Path) -> None:
-    data = simulate(tmp_path / "data", utterances=36)
-    first = small("ctc_sequence_level", data, tmp_path / "first")
-    rows = run(first)
-    _share(first.run.path, tmp_path / "second" / "run")
-    second = small("ctc_frame_level", data, tmp_path / "second")
-    kept = [
-        tmp_path / "second" / "run" / "seeds" / name / "model.safetensors"
-        for name in ("shared/teacher", "0/student_alone")
-    ]
-    before = [file.stat().st_ino for file in kept]
-    other = run(second)
-    assert [file.stat().st_ino for file in kept] == before
-    assert [row["metrics"]["wer"] for row in other[:4]] == [row["metrics"]["wer"] for row in rows[:4]]
-    summary = _summary(first, rows)
-    assert summary["models"]["student"]["metrics"]["wer"]["mean"] == rows[-1]["metrics"]["wer"]
-    assert summary["models"]["student"]["metrics"]["wer"]["sd"] is None
-    difference = summary["differences"]["wer against student_alone, by utterance"]
-    assert difference["value"] == pytest.approx(rows[-1]["metrics"]["wer"] - rows[3]["metrics"]["wer"])
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some seconds of simulated speech, in parts."""
+    return simulate(tmp_path_factory.mktemp("speech") / "spoken", utterances=36)
+
+
+def models(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("seeds/**/model.safetensors")}
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wanted some of ctc_sequence_level"):
         run_bench("quality", None, tmp_path, ["ctc_sequnce_level"])
-    with pytest.raises(UserError, match="is for bench quality"):
-        run_bench("train", None, tmp_path, ["ctc_frame_level"])
+    for name in set(BENCHMARKS) - {"quality"}:
+        with pytest.raises(UserError, match=f"is for bench quality, got bench {name}"):
+            run_bench(name, None, tmp_path, ["ctc_frame_level"])
+
+
+def test_quality_compares_recipes_under_one_teacher(data: Path, tmp_path: Path) -> None:
+    given = {"data": str(data), "seeds": [0], "overrides": TINY}
+    only = ["ctc_sequence_level", "ctc_guided"]
+    found = bench_quality.run(tmp_path, only, **given)  # type: ignore[arg-type]
+    first, second = (found["runs"][name]["models"] for name in only)
+    for role in ("teacher", "student_alone"):
+        one, other = (tmp_path / f"speech-{data.name}-{name}" / "seeds" for name in only)
+        file = f"{'shared' if role == 'teacher' else '0'}/{role}/model.safetensors"
+        assert (one / file).stat().st_ino == (other / file).stat().st_ino
+        assert first[role]["metrics"]["cer"] == second[role]["metrics"]["cer"]
+    assert first["student"]["metrics"] != second["student"]["metrics"]
+    rows = read_json(tmp_path / f"speech-{data.name}-{only[0]}" / "metrics.json")
+    wer = {row["role"]: row["metrics"]["wer"] for row in rows if row["split"] == "test"}
+    assert first["student"]["metrics"]["wer"] == {"mean": wer["student"], "sd": None}
+    difference = found["runs"][only[0]]["differences"]["wer against student_alone, by utterance"]
+    assert difference["value"] == pytest.approx(wer["student"] - wer["student_alone"])
+    times = models(tmp_path)
+    again = bench_quality.run(tmp_path, only[:1], **given)  # type: ignore[arg-type]
+    assert models(tmp_path) == times and again["runs"][only[0]]["differences"] == found["runs"][only[0]]["differences"]
+
+
+def test_train_times_steps_in_turns(data: Path, tmp_path: Path) -> None:
+    found = bench_train.run(tmp_path, data=str(data), repeats=2, overrides=TINY)
+    assert found["ratio"].keys() == found["median_ms"].keys() == {"ctc", "frame", "sequence of 4"}
+    assert found["ratio"]["ctc"] == 1 and 0 <= found["padding_share"] < 1
+
+
+def test_noise_is_measured_by_ratio(data: Path, tmp_path: Path) -> None:
+    noisy = [("views", '[{"student": "noise:0:10"}]')]
+    found = bench_noise.run(tmp_path, data=str(data), seeds=[0, 1], overrides=[*TINY, *noisy])
+    rates = {role: found["models"][role]["metrics"]["wer"]["mean"] for role in ("student", "student_alone")}
+    assert found["relative_difference"] == pytest.approx(rates["student"] / rates["student_alone"] - 1)
+    by_utterance = found["differences"]["wer against student_alone, by utterance"]
+    assert by_utterance["value"] == pytest.approx(rates["student"] - rates["student_alone"])
+    test = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    assert sum(each["utterances"] for each in found["by_snr"]) == len(test)
+    scores = Scores.load(next(tmp_path.rglob("test-student-wer-0.jsonl")))
+    other = Scores.load(next(tmp_path.rglob("test-student-wer-1.jsonl")))
+    first = found["by_snr"][0]
+    inside = (scores.snrs >= first["snr_db"][0]) & (scores.snrs < first["snr_db"][1])
+    assert inside.sum() == first["utterances"] and ((scores.snrs >= 0) & (scores.snrs <= 10)).all()
+    wanted = [float(each.edits[inside].sum() / each.words[inside].sum()) for each in (scores, other)]
+    assert first["student"] == pytest.approx(np.mean(wanted))
+
+
+def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> None:
+    digits = tmp_path / "digits"
+    digits.mkdir()
+    generator, lines = np.random.default_rng(0), []
+    for speaker in ("ann", "bob"):
+        for index in range(6):
+            name = f"{index}_{speaker}"
+            soundfile.write(digits / f"{name}.wav", generator.normal(0, 0.1, 4_800), 8_000)
+            row = {"id": name, "path": f"{name}.wav", "text": bench_digits.WORDS[index], "speaker": speaker}
+            lines.append(json.dumps({**row, "index": index}) + "\n")
+    (digits / "metadata.jsonl").write_text("".join(lines))
+    given = {"words": str(data), "digits": str(digits), "utterances": 30, "valid_speakers": 1, "overrides": TINY}
+    found = bench_digits.run(tmp_path, **given)  # type: ignore[arg-type]
+    for kind in ("all corpora", "one corpus"):
+        for each in found["digits"][kind].values():
+            assert each["clips"] == 12 and each["by_speaker"].keys() == {"ann", "bob"}
+            assert each["mean"] == pytest.approx(np.mean(list(each["by_speaker"].values())))
+    rates = found["wer"]
+    assert rates["difference of students"]["value"] == pytest.approx(
+        rates["all corpora"]["student"] - rates["one corpus"]["student"]
+    )
+    run_folder = tmp_path / "speech-digits-ann"
+    speakers = {
+        part: {json.loads(line)["speaker"] for line in (run_folder / "data" / f"{part}.jsonl").read_text().splitlines()}
+        for part in ("train", "valid", "test")
+    }
+    assert "digits/ann" in speakers["test"] and "digits/bob" in speakers["train"] & speakers["valid"]
+    assert "digits/ann" not in speakers["train"] | speakers["valid"] and "digits/bob" not in speakers["test"]

@@ -21,7 +21,7 @@ def test_recipes_of_the_wing_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert "Takashima" in rows["ctc_sequence_level"]["reference"]
 
 
-@pytest.mark.parametrize("verb", ["prepare", "teach", "distill", "evaluate", "run", "lm", "bench"])
+@pytest.mark.parametrize("verb", ["prepare", "teach", "distill", "evaluate", "run", "shards", "lm", "bench"])
 def test_every_command_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["speech", verb, "--help"])
@@ -64,6 +64,25 @@ def test_a_language_model_from_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["speech", "lm", "--text", str(tmp_path / "text.txt"), "--order", "2", "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert set(check_arpa(out)) == {1, 2} and "enter" in out.read_text(encoding="utf-8")
+
+
+def test_several_corpora_as_shards_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (str(simulate(tmp_path / name, utterances=24, seed=seed)) for seed, name in enumerate("ab"))
+    out = str(tmp_path / "shards")
+    words = ["speech", "shards", "--data", f"{first}@split=train", second, "--per-shard", "30", "--out", out]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{out}/shard-00000{number}.tar" for number in range(2)]
+    words = ["speech", "prepare", "--recipe", "demo", "--train", out, "--valid", f"{first}@split=valid"]
+    words += ["--test", f"{first}@split=test", f"{first}@split=valid@speaker!=nobody"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert "no utterance has speaker 'nobody'" in capsys.readouterr().err
+    del words[-1]
+    assert main([*words, "--out", str(tmp_path / "run"), "--json"]) == 0
+    rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
+    # rows keep their split: of the second corpus only what trains does
+    trained = [len((tmp_path / name / "train.jsonl").read_text().splitlines()) for name in "ab"]
+    assert rows["train"]["utterances"] == sum(trained) < 44 and rows["train"]["speakers"] > rows["test"]["speakers"]
+    assert main(["speech", "shards", "--data", first, "--per-shard", "0", "--out", out]) == 2
 
 
 def test_prepare_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

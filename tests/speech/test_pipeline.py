@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from safetensors.numpy import load_file
 
 from apps.speech.checks import check_config
 from apps.speech.config import load_config, read_recipe, recipe_names
+from apps.speech.fitting import ask
 from apps.speech.measure import shown_utterance
+from apps.speech.models import new_model
 from apps.speech.models.huggingface import import_transformers
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
 from kdcore.run import read_json, read_log
-from tests.speech.small_runs import run, small
+from tests.speech.small_runs import SIZES, TRAINER, run, small
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,9 @@ def test_every_recipe_runs_and_its_terms_act(recipe: str, data: Path, tmp_path: 
         (role, part) for role in ("teacher", "student_alone", "student") for part in ("valid", "test")
     ]
     assert all(0 <= row["metrics"]["wer"] <= 3 and row["metrics"]["real_time_factor"] > 0 for row in rows)
+    waits = {"delay", "first_symbol", "final"}
+    heard = {name.partition("_ms_")[0] for name in rows[-1]["metrics"] if "_ms_" in name}
+    assert heard <= waits and rows[-1]["peak_memory_bytes"] > 1 << 20
     events = [event for event in read_log(tmp_path / "run" / "log.jsonl") if event["event"] == "epoch"]
     taught = [event["terms"] for event in events if event["role"] == "student"]
     alone = [event["terms"] for event in events if event["role"] == "student_alone"]
@@ -52,6 +58,33 @@ def test_every_recipe_runs_and_its_terms_act(recipe: str, data: Path, tmp_path: 
     assert model.streaming and units.blank == pipeline.prepared.units.blank
     assert shown_utterance(pipeline).count("\n") >= 3
     assert read_json(tmp_path / "run" / "provenance.json")["simulated"] is True
+
+
+def test_an_int8_student_is_stored_as_int8_weights_give_it(data: Path, tmp_path: Path) -> None:
+    trainer = {**TRAINER, "max_epochs": 2}
+    options = {"options": SIZES["conv_rnn"], "optimization": {"batch_frames": 1500}, "trainer": trainer}
+    student = {"kind": "conv_rnn", "quantize": "int8", "quantize_from": 0.5, **options}
+    pipeline = small("event_detection_int8", data, tmp_path, student=student)
+    assert all(symbol.startswith("▁") and len(symbol) > 1 for symbol in pipeline.prepared.units.symbols)
+    pipeline.distill(0)
+    store = pipeline.prepared.store("valid", "clean")
+    for role in ("student", "student_alone"):
+        model, units = load_model(pipeline.run.path / "seeds" / "0" / role)
+        state = model.state_dict()
+        assert state.keys() == new_model("conv_rnn", units.blank + 1, SIZES["conv_rnn"]).state_dict().keys()
+        heard = ask(model, [store[0]])["log_probs"][0]
+        rounded = 0
+        for name, value in state.items():
+            if value.ndim > 1 and name.rpartition(".")[2].startswith("weight"):
+                steps = value.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (value.ndim - 1)) / 127
+                whole = (value / steps).round().to(torch.int8)
+                torch.testing.assert_close(value / steps, whole.float(), atol=2e-3, rtol=0)
+                state[name], rounded = whole.float() * steps, rounded + 1
+        model.load_state_dict(state)
+        np.testing.assert_allclose(ask(model, [store[0]])["log_probs"][0], heard, atol=1e-5)
+        assert rounded == 8 and not np.allclose(heard, heard[0])
+    with pytest.raises(UserError, match="share of the epochs"):
+        small("event_detection_int8", data, tmp_path / "wrong", student={**student, "quantize_from": 2.0})
 
 
 def test_recipes_say_what_they_are() -> None:

@@ -1,11 +1,10 @@
-"""Shards give back the corpus, in an order and a division that can be relied on, and cannot do harm."""
+"""Shards give back the corpus, as any other one that is trained on, and cannot do harm."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,13 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apps.speech.data import shards
-from apps.speech.data.shards import read_shards, shard_paths, write_shards
-from apps.speech.data.utterance import Corpus, Tally, Utterance
+from apps.speech.data.formats import read_corpus
+from apps.speech.data.manifest import Row, collect
+from apps.speech.data.shards import shard_paths, shard_rows, write_shards
+from apps.speech.data.utterance import STORED, Corpus, Tally, Utterance, loaded
+from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
+from tests.speech.small_runs import small
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +41,31 @@ def written(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     return write_shards(corpus, tmp_path_factory.mktemp("shards"), per_shard=5)
 
 
-def ids(*args: object, **options: object) -> list[str]:
-    return [utterance.id for utterance, _ in read_shards(*args, **options)]  # type: ignore[arg-type]
+def read(paths: list[Path], *, skip_bad: bool = False) -> Corpus:
+    return collect(shard_rows(paths), paths[0].parent, paths[0], skip_bad)
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [utterance.id for utterance, _ in loaded(read(paths), Tally(False))]
 
 
 def test_what_is_written_comes_back(corpus: Corpus, written: list[Path]) -> None:
     assert [path.name for path in written] == [f"shard-00000{n}.tar" for n in range(5)]
     assert shard_paths(written[0].parent) == written
-    read = list(read_shards(written))
-    assert len(read) == len(corpus)
-    for (utterance, samples), given_ in zip(read, corpus.utterances, strict=True):
-        np.testing.assert_array_equal(samples, corpus.load(given_))
-        assert (utterance.id, utterance.text, utterance.speaker) == (given_.id, given_.text, given_.speaker)
-        assert utterance.duration == pytest.approx(given_.duration)
-        assert utterance.extra == {key: value for key, value in given_.extra.items() if key != "offset"}
-    assert read[6][0].audio == "shard-000001.tar/00000006.flac"
+    for source in (written[0].parent, written[0].parent / "shard-*.tar"):
+        stored = read_corpus(source)
+        assert len(stored) == len(corpus)
+        for utterance, given_ in zip(stored.utterances, corpus.utterances, strict=True):
+            np.testing.assert_array_equal(stored.load(utterance), corpus.load(given_))
+            assert (utterance.id, utterance.text, utterance.speaker) == (given_.id, given_.text, given_.speaker)
+            assert utterance.duration == pytest.approx(given_.duration)
+            assert {key: utterance.extra[key] for key in utterance.extra if key not in STORED} == {
+                key: value for key, value in given_.extra.items() if key != "offset"
+            }
+        assert stored.utterances[6].audio == "shard-000001.tar"
+        assert stored.utterances[6].extra["stored_as"] == "00000006.flac"
+    assert [each.id for each in read_corpus(written[1]).utterances] == ["u5", "u6", "u7", "u8", "u9"]
+    assert [utterance.id for utterance in read(written).utterances] == [each.id for each in corpus.utterances]
     index = json.loads((written[0].parent / "shards.json").read_text())
     assert index["utterances"] == 24 and index["fingerprint"] == corpus.fingerprint
 
@@ -67,62 +79,64 @@ def test_the_same_bytes_each_time_and_never_over_others(corpus: Corpus, written:
         write_shards(corpus, tmp_path)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(parts=st.integers(1, 7), seed=st.none() | st.integers(-3, 3), epoch=st.integers(0, 3), buffer=st.integers(1, 30))
-def test_every_utterance_goes_to_one_part(
-    corpus: Corpus, written: list[Path], parts: int, seed: int | None, epoch: int, buffer: int
-) -> None:
-    options = {"seed": seed, "epoch": epoch, "buffer": buffer, "parts": parts}
-    each = [ids(written, part=part, **options) for part in range(parts)]
-    assert sorted(name for names in each for name in names) == sorted(u.id for u in corpus.utterances)
-    assert max(map(len, each)) - min(map(len, each)) <= 1
-    assert each[0] == ids(written, part=0, **options)
+def test_a_run_is_trained_on_shards(tmp_path: Path) -> None:
+    data = simulate(tmp_path / "data", utterances=30)
+    folders = {part: tmp_path / part for part in ("train", "valid", "test")}
+    for part, folder in folders.items():
+        write_shards(read_corpus(data / f"{part}.jsonl"), folder, per_shard=7)
+    given_ = {
+        "train": str(folders["train"] / "shard-*.tar"),
+        "valid": str(folders["valid"]),
+        "test": str(folders["test"]),
+    }
+    stored = small("ctc_frame_level", data, tmp_path / "stored", data=given_).prepared
+    plain = small("ctc_frame_level", data, tmp_path / "plain").prepared
+    for part, view in (("train", "clean"), ("valid", "noise:0:10")):
+        assert stored.texts(part) == plain.texts(part)
+        np.testing.assert_array_equal(stored.store(part, view).frames, plain.store(part, view).frames)
+    labels = stored.training(["clean"]).labels
+    assert labels == plain.training(["clean"]).labels and labels[0]
 
 
-def test_the_order_is_a_function_of_seed_and_epoch(corpus: Corpus, written: list[Path]) -> None:
-    stored = [u.id for u in corpus.utterances]
-    orders = [tuple(ids(written, seed=seed, epoch=epoch, buffer=100)) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({*orders, tuple(stored)}) == 5
-    assert ids(written) == stored
-    # with a small buffer, too, an utterance may come from far away, but not before it was read
-    shuffled = ids(written[:1] * 1, seed=0, buffer=2)
-    assert sorted(shuffled) == sorted(stored[:5]) and shuffled != stored[:5]
+def test_a_shard_that_changed_since_is_named(written: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(written[0].read_bytes())
+    stored = read_corpus(path)
+    path.write_bytes(written[0].read_bytes()[:20_000])
+    with pytest.raises(UserError, match=r"shard\.tar: member 00000004\.flac: is truncated"):
+        stored.load(stored.utterances[4])
+    path.write_bytes(bytes(written[0].stat().st_size))
+    with pytest.raises(UserError, match=r"shard\.tar: member 00000000\.flac: cannot be read as audio"):
+        stored.load(stored.utterances[0])
+    path.unlink()
+    with pytest.raises(UserError, match=r"shard\.tar: cannot be read"):
+        stored.load(stored.utterances[0])
+
+
+@pytest.mark.parametrize("place", [(-1, 5), (0, 0), (0, 1 << 40), ("0", 5), (None, 5), (True, 5)])
+def test_places_that_cannot_be_are_refused(written: list[Path], place: tuple[object, object]) -> None:
+    odd = Utterance("x", written[0].name, "x", 1.0, "", dict(zip(STORED, ("a.flac", *place), strict=True)))
+    with pytest.raises(UserError, match=r"x: stored_at, stored_bytes: got .*, wanted bytes"):
+        Corpus((odd,), written[0].parent).load(odd)
 
 
 def test_webdataset_reads_them_and_its_shards_are_read(written: list[Path], corpus: Corpus, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
-    read = list(webdataset.WebDataset([str(path) for path in written], shardshuffle=False))
-    assert [json.loads(sample["json"])["id"] for sample in read] == [u.id for u in corpus.utterances]
+    samples = list(webdataset.WebDataset([str(path) for path in written], shardshuffle=False))
+    assert [json.loads(sample["json"])["id"] for sample in samples] == [u.id for u in corpus.utterances]
     with webdataset.TarWriter(str(tmp_path / "other.tar")) as writer:
         for number in range(3):
             data = (corpus.folder / f"{number}.wav").read_bytes()
             writer.write({"__key__": f"dir/x{number}", "wav": data, "txt": f"text {number}\n".encode(), "cls": b"1"})
-    for (utterance, samples), number in zip(read_shards([tmp_path / "other.tar"]), range(3), strict=True):
+    other = read_corpus(tmp_path)
+    for utterance, number in zip(other.utterances, range(3), strict=True):
         assert (utterance.id, utterance.text) == (f"dir/x{number}", f"text {number}")
-        np.testing.assert_array_equal(samples, corpus.load(corpus.utterances[number]))
+        np.testing.assert_array_equal(other.load(utterance), corpus.load(corpus.utterances[number]))
+        assert utterance.duration == corpus.utterances[number].duration
 
 
-def test_memory_is_that_of_the_buffer(written: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a hundred shards no more utterances are held than the buffer has, and no list of members grows."""
-    held, most, decode = 0, 0, shards.decode_audio
+def test_no_list_of_members_grows(written: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     members = []
-
-    def counted(stored: Iterator[shards._Stored]) -> Iterator[shards._Stored]:
-        nonlocal held, most
-        for each in stored:
-            held += 1
-            most = max(most, held)
-            yield each
-
-    original = shards._stored
-    monkeypatch.setattr(shards, "_stored", lambda *args: counted(original(*args)))
-
-    def decoded(data: bytes, name: str) -> np.ndarray:
-        nonlocal held
-        held -= 1
-        return decode(data, name)
-
-    monkeypatch.setattr(shards, "decode_audio", decoded)
     next_member = tarfile.TarFile.next
 
     def counting(self: tarfile.TarFile) -> tarfile.TarInfo | None:
@@ -130,8 +144,9 @@ def test_memory_is_that_of_the_buffer(written: list[Path], monkeypatch: pytest.M
         return next_member(self)
 
     monkeypatch.setattr(tarfile.TarFile, "next", counting)
-    assert sum(1 for _ in read_shards(written * 20, seed=0, buffer=8)) == 480
-    assert most == 9 and max(members) <= 1
+    rows = [row for row in shard_rows(written * 20) if isinstance(row, Row)]
+    assert len(rows) == 480 and max(members) <= 1
+    assert not any(isinstance(value, bytes) for row in rows for value in (*row.values.values(), *row.extra.values()))
 
 
 def tar(path: Path, *members: tuple[tarfile.TarInfo | str, bytes]) -> Path:
@@ -207,7 +222,8 @@ def test_a_damaged_shard_gives_utterances_or_a_user_error(
     (tmp_path / "bad.tar").write_bytes(raw)
     for tally in (Tally(True), Tally(False)):
         try:
-            assert all(len(samples) for _, samples in read_shards([tmp_path / "bad.tar"], tally=tally))
+            stored = read([tmp_path / "bad.tar"], skip_bad=tally.skip_bad)
+            assert all(len(samples) for _, samples in loaded(stored, tally))
         except UserError as error:
             assert "bad.tar" in str(error) and "\n" not in str(error)
 
@@ -219,9 +235,9 @@ def test_bad_utterances_are_named_or_counted(tmp_path: Path) -> None:
         *[("d.json", b"{"), ("e.wav", wave()), ("e.json", b"[]"), ("f.wav", wave()), ("f.json", b'{"text": 3}')],
         *[("g.wav", wave()), ("g.txt", b" "), ("h.wav", wave()), ("readme", b"hello"), (".wav", wave())],
     )
-    tally = Tally(True)
-    assert [(u.id, u.text) for u, _ in read_shards([path], tally=tally)] == [("a", "yes"), ("h", None)]
-    assert tally.counts == {"no audio": 1, "bad audio": 1, "unreadable row": 2, "bad field": 1, "empty text": 1}
+    stored = read([path], skip_bad=True)
+    assert [(each.id, each.text) for each in stored.utterances] == [("a", "yes"), ("h", None)]
+    assert stored.counts == {"no audio": 1, "bad audio": 1, "unreadable row": 2, "bad field": 1, "empty text": 1}
     with pytest.raises(UserError, match=r"x\.tar: member b: has no audio beside \.txt"):
         ids([path])
 
@@ -238,6 +254,10 @@ def test_lists_of_shards(tmp_path: Path) -> None:
     (tmp_path / "shards.json").write_text('{"shards": ["b.tar"]}')
     with pytest.raises(UserError, match=r"b\.tar: does not exist"):
         shard_paths(tmp_path)
+    (tmp_path / "x.zip").write_bytes(b"")
+    for odd, message in (("x.zip", "is no shard"), ("*.zip", "is no shard"), ("y*.tar", "fits no shard")):
+        with pytest.raises(UserError, match=message):
+            shard_paths(tmp_path / odd)
     with pytest.raises(UserError, match=r"b\.tar: cannot be read"):
         ids([tmp_path / "b.tar"])
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.speech.text import TextRules
-from apps.speech.units import Units, needed_frames, train_sentencepiece
+from apps.speech.units import Units, needed_frames, train_sentencepiece, train_words
 from kdcore.config import UserError
 
 AN4 = Path(os.environ.get("KD_DATA", "../shared/data")) / "speech" / "an4"
@@ -58,6 +58,19 @@ def test_training_is_deterministic_and_has_no_unknown_piece(kind: str) -> None:
     assert again.model == PIECES[kind].model and again == PIECES[kind]
     assert "<unk>" not in again.symbols and len(again.symbols) <= 28
     assert kind != "bpe" or len(again.symbols) == 28
+
+
+def test_words_are_symbols_of_their_own(tmp_path: Path) -> None:
+    units = train_words(["yes no", " no  stop", "", "no"])
+    assert set(units.symbols) == {"▁yes", "▁no", "▁stop"} and units.symbols[0] == "▁no"
+    assert units.decode(units.encode("stop yes no no")) == "stop yes no no" and len(units.encode("stop yes")) == 2
+    assert train_words(["yes no", " no  stop", "", "no"]) == units
+    units.save(tmp_path)
+    assert Units.load(tmp_path) == units
+    with pytest.raises(UserError, match="holds '▁go', which is outside the units"):
+        units.encode("yes go")
+    with pytest.raises(UserError, match="no text"):
+        train_words([" "])
 
 
 def test_pieces_that_cannot_be_trained() -> None:

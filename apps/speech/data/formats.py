@@ -36,11 +36,16 @@ def read_corpus(path: str | os.PathLike[str], *, format: str | None = None, skip
     source = Path(path)
     if format is not None and format not in FORMATS:
         raise UserError(f"format: got {format!r}, {nearest(format, FORMATS)}")
-    if not source.exists():
+    if not os.path.exists(source) and not pattern_files(source):
         raise UserError(f"{source}: does not exist; wanted a corpus")
     name = format or detect_format(source)
     folder = source if source.is_dir() else source.parent
     return collect(FORMATS[name](source), folder, source, skip_bad)
+
+
+def pattern_files(path: Path) -> list[Path]:
+    """Return the files that fit a pattern in the last part of a path, as ``shards/part-*.tar``, sorted."""
+    return sorted(path.parent.glob(path.name)) if "*" in path.name and "**" not in path.name else []
 
 
 def detect_format(source: Path) -> str:
@@ -55,8 +60,10 @@ def detect_format(source: Path) -> str:
         if source.suffix == ".tsv":
             return "common_voice"
         if source.suffix == ".tar":
-            raise UserError(f"{source}: is a shard; shards are read as a stream, not as a corpus")
-        raise UserError(f"{source}: wanted a manifest (.jsonl), a table of Common Voice (.tsv) or a folder")
+            return "shards"
+        raise UserError(f"{source}: wanted a manifest (.jsonl), a table of Common Voice (.tsv), shards or a folder")
+    if not source.exists() or (source / "shards.json").is_file():
+        return "shards"  # without a file of that name it is a pattern
     if (source / "wav.scp").is_file():
         return "kaldi"
     if _manifests(source):
@@ -67,9 +74,11 @@ def detect_format(source: Path) -> str:
         return "librispeech"
     if next(_walk(source, AUDIO_SUFFIXES), None):
         return "folder"
+    if any(source.glob("*.tar")):
+        return "shards"
     raise UserError(
         f"{source}: holds no corpus: no *.jsonl, no wav.scp (Kaldi), no train.tsv (Common Voice), "
-        "no *.trans.txt (LibriSpeech) and no audio files"
+        "no *.trans.txt (LibriSpeech), no audio files and no shards (*.tar)"
     )
 
 
@@ -263,6 +272,12 @@ def _folder(source: Path) -> Iterator[Row | BadRow]:
         yield Row(str(listing if text is not None else audio), values)
 
 
+def _shards(source: Path) -> Iterator[Row | BadRow]:
+    from apps.speech.data.shards import shard_paths, shard_rows
+
+    yield from shard_rows(shard_paths(source))
+
+
 def _wanted_folder(source: Path, name: str) -> None:
     if not source.is_dir():
         raise UserError(f"{source}: is no folder; the format {name} is one")
@@ -274,4 +289,5 @@ FORMATS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     "common_voice": _common_voice,
     "kaldi": _kaldi,
     "folder": _folder,
+    "shards": _shards,
 }

@@ -1,14 +1,14 @@
-"""What a run trains, validates and tests on: three corpora without a speaker in two of them, checked."""
+"""What a run trains, validates and tests on, read and checked; speakers are held out where a part is missing."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from apps.speech.audio import examine
 from apps.speech.config import DataConfig
-from apps.speech.data.formats import read_corpus
+from apps.speech.data.corpora import PARTS, Source, Sources, refuse_shared
 from apps.speech.data.utterance import (
     BadRow,
     Corpus,
@@ -17,15 +17,15 @@ from apps.speech.data.utterance import (
     hold_out_speakers,
     impossible,
     loaded,
+    of_corpus,
     outside_units,
 )
 from apps.speech.text import TextRules
 from apps.speech.units import Units
 from kdcore.config import UserError
-from kdcore.run import read_json
 
-# what the parts are called by those who publish corpora
-_NAMES = {"train": ("train",), "valid": ("valid", "dev", "val", "validation"), "test": ("test", "eval")}
+# utterances of a kind that is merely bad which are named; the others are counted
+_NAMED = 5
 Announce = Callable[[str], None]
 
 
@@ -34,6 +34,10 @@ class Parts:
     """The corpora by name: train, valid, test, and unlabelled where there is one."""
 
     corpora: dict[str, Corpus]
+    # what they were read from
+    sources: tuple[Source, ...] = ()
+    # part -> what is wrong with audio that can be read (``apps.speech.audio.examine``) -> the utterances
+    notes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Corpus:
         return self.corpora[name]
@@ -41,8 +45,7 @@ class Parts:
     @property
     def simulated(self) -> bool:
         """Whether any of it says so of itself, in ``dataset.json`` beside it."""
-        files = {corpus.folder / "dataset.json" for corpus in self.corpora.values()}
-        return any(read_json(file).get("simulated", False) for file in files if file.is_file())
+        return any(source.simulated for source in self.sources)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -54,60 +57,66 @@ class Parts:
             if count
         }
 
-
-def find_data(name: str) -> Path:
-    """Return a path, or that of a corpus by its name in the data folder (``KD_DATA``, or ``data``).
-
-    Raises:
-        UserError: neither is there; the text says where it was looked for.
-    """
-    given = Path(name)
-    if given.exists():
-        return given
-    roots = [Path(os.environ["KD_DATA"]) / "speech"] if os.environ.get("KD_DATA") else []
-    roots.append(Path("data"))
-    for root in roots:
-        if (root / name).exists():
-            return root / name
-    places = ", ".join(str(root / name) for root in roots)
-    raise UserError(f"--data: {name} is no file or folder, and not among the corpora ({places}; set KD_DATA)")
+    @property
+    def audio(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """How many utterances have audio that is clipped, silent or offset, by part and kind, and the first of them."""
+        return {
+            part: {kind: {"count": len(names), "first": names[:_NAMED]} for kind, names in notes.items()}
+            for part, notes in self.notes.items()
+        }
 
 
 def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Parts:
     """Return the parts of a configuration; every audio file of them was read once.
 
     Raises:
-        UserError: a part is missing or empty, or anything in one is bad and ``skip_bad`` is off.
+        UserError: a part is missing or empty, one utterance is in two of several corpora's parts, or anything in one is
+            bad and ``skip_bad`` is off.
     """
-    whole = read_corpus(find_data(config.path), skip_bad=config.skip_bad) if config.path else None
-    found: dict[str, Corpus] = {}
-    for part, given in (("train", config.train), ("valid", config.valid), ("test", config.test)):
+    several = any(isinstance(given, list) and len(given) > 1 for given in config.corpora)
+    sources = Sources(skip_bad=config.skip_bad, several=several)
+    found = sources.parts(config.path) if config.path else {}
+    for part in PARTS:
+        given = getattr(config, part)
         if given is not None:
-            found[part] = read_corpus(find_data(given), skip_bad=config.skip_bad)
-        elif whole is not None and (name := next((n for n in _NAMES[part] if n in whole.splits), None)):
-            found[part] = whole.split(name)
+            found[part] = sources.part(given, part)
     if "train" not in found:
-        if whole is None:
-            raise UserError("wanted --data NAME or PATH, or data.train and data.test")
-        found["train"] = whole
+        raise UserError("wanted --data NAME or PATH that has recordings to train on, or data.train and data.test")
     for part, count in (("test", config.test_speakers), ("valid", config.valid_speakers)):
         if part not in found:
             found["train"], found[part] = hold_out_speakers(found["train"], count=count, seed=config.split_seed)
+    if several:
+        refuse_shared(found, list(PARTS))
     if config.unlabelled is not None:
-        corpus = read_corpus(find_data(config.unlabelled), skip_bad=config.skip_bad)
+        corpus = sources.whole(config.unlabelled)
         found["unlabelled"] = replace(corpus, utterances=tuple(replace(u, text=None) for u in corpus.utterances))
-    return Parts({part: _readable(part, corpus, config, announce) for part, corpus in found.items()})
+    notes: dict[str, dict[str, list[str]]] = {}
+    read = {part: _readable(part, corpus, config, announce, notes) for part, corpus in found.items()}
+    return Parts(read, tuple(sources.sources.values()), notes)
 
 
-def _readable(part: str, corpus: Corpus, config: DataConfig, announce: Announce) -> Corpus:
-    """Return the utterances whose audio can be read, with normalised texts and their true durations."""
+def _readable(
+    part: str, corpus: Corpus, config: DataConfig, announce: Announce, notes: dict[str, dict[str, list[str]]]
+) -> Corpus:
+    """Return the utterances whose audio can be read, with normalised texts and their true durations.
+
+    What is merely bad about audio is noted.
+    """
     tally = Tally(config.skip_bad)
     kept: list[Utterance] = []
     for done, (utterance, samples) in enumerate(loaded(corpus, tally), 1):
         text = None if utterance.text is None else config.text.normalise(utterance.text)
         if text == "":
-            tally.add(BadRow("no word", f"{part}: utterance {utterance.id}: text {utterance.text!r} holds no word"))
+            tally.add(
+                BadRow(
+                    of_corpus(utterance, "no word"),
+                    f"{part}: utterance {utterance.id}: text {utterance.text!r} holds no word",
+                )
+            )
             continue
+        for problem in examine(samples):
+            kind = problem.partition(" (")[0].partition(" of ")[0]
+            notes.setdefault(part, {}).setdefault(kind, []).append(utterance.id)
         kept.append(replace(utterance, text=text, duration=len(samples) / 16_000))
         if done % 200 == 0 or done == len(corpus):
             announce(f"{part}: read {done} of {len(corpus)}")
@@ -115,7 +124,7 @@ def _readable(part: str, corpus: Corpus, config: DataConfig, announce: Announce)
         silent = [utterance for utterance in kept if utterance.text is None]
         if silent and part != "train":
             kept = [utterance for utterance in kept if utterance.text is not None]
-            tally.counts["no text"] += len(silent)
+            tally.counts.update(of_corpus(utterance, "no text") for utterance in silent)
     if not kept:
         raise UserError(f"{part}: no utterance is left of {len(corpus)} in {corpus.folder}")
     counts = {

@@ -1,9 +1,9 @@
 """Large corpora as tar shards, WebDataset's way: members of one name and different suffixes are one utterance.
 
 ``00000012.json`` holds the row of a manifest, ``00000012.flac`` the audio. Shards of other makers may have ``.txt`` for
-the text and any audio format. Shards are read as a stream: in memory are one utterance and the shuffle buffer, which
-holds audio as it is stored. Nothing is unpacked to disk; links, devices and names that leave the archive are refused.
-No torch.
+the text and any audio format. They are read as a stream, in memory is one utterance, and become a corpus as any other:
+its rows say where in which shard the audio is. Nothing is unpacked to disk; links, devices and names that leave the
+archive are refused. No torch.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from apps.speech.audio import decode_audio
-from apps.speech.data.formats import AUDIO_SUFFIXES
-from apps.speech.data.utterance import BadRow, Corpus, Tally, Utterance, loaded
+from apps.speech.data.formats import AUDIO_SUFFIXES, pattern_files
+from apps.speech.data.manifest import Row
+from apps.speech.data.utterance import LARGEST_STORED, STORED, BadRow, Corpus, Tally, Utterance, loaded
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
 from kdcore.run import atomic_path, write_json
 
 INDEX = "shards.json"
-_LARGEST_MEMBER = 1 << 28
 _LARGEST_ROW = 1 << 20
 _BLOCK = 512  # of a tar file
-_BUFFER_BYTES = 1 << 28
 
 
 def write_shards(
@@ -80,7 +79,7 @@ def _write_utterance(archive: tarfile.TarFile, key: str, utterance: Utterance, s
     import soundfile
 
     # the part and the channel are cut out by now
-    extra = {name: value for name, value in utterance.extra.items() if name not in ("offset", "channel")}
+    extra = {name: value for name, value in utterance.extra.items() if name not in ("offset", "channel", *STORED)}
     stored = replace(utterance, audio=f"{key}.flac", duration=len(samples) / SAMPLE_RATE, extra=extra)
     audio = io.BytesIO()
     soundfile.write(audio, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
@@ -91,13 +90,21 @@ def _write_utterance(archive: tarfile.TarFile, key: str, utterance: Utterance, s
         archive.addfile(member, io.BytesIO(data))
 
 
-def shard_paths(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the shards of a folder: those that ``shards.json`` lists, without it all ``*.tar``, sorted.
+def shard_paths(source: str | os.PathLike[str]) -> list[Path]:
+    """Return one shard, those of a pattern in the last part of a path, sorted, or those of a folder.
+
+    Of a folder they are those that ``shards.json`` lists, without it all ``*.tar``, sorted.
 
     Raises:
-        UserError: there are none, one that is listed is missing, or the list is wrong.
+        UserError: there are none, one is no tar file by its name, one that is listed is missing, or the list is wrong.
     """
-    root = Path(folder)
+    root = Path(source)
+    if not root.is_dir():
+        found = [root] if root.is_file() else pattern_files(root)
+        other = next((path for path in found if path.suffix != ".tar"), None)
+        if other or not found:
+            raise UserError(f"{other or root}: " + ("is no shard; wanted *.tar" if other else "fits no shard"))
+        return found
     index = root / INDEX
     if index.is_file():
         try:
@@ -117,98 +124,49 @@ def shard_paths(folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """An utterance whose audio is not decoded yet."""
+class _Member(NamedTuple):
+    """The bytes of a member, and where they begin in the shard."""
 
-    where: str
-    utterance: Utterance
-    audio: bytes
+    data: bytes
+    offset: int
 
 
-def read_shards(
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    seed: int | None = None,
-    epoch: int = 0,
-    buffer: int = 512,
-    part: int = 0,
-    parts: int = 1,
-    tally: Tally | None = None,
-) -> Iterator[tuple[Utterance, np.ndarray]]:
-    """Yield utterances and their samples float32 [n] at 16 kHz; ``Utterance.audio`` is the member that holds them.
+def shard_rows(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Row | BadRow]:
+    """Yield the rows of shards in the stored order, read as a stream: in memory is one utterance.
 
-    Options: without ``seed`` in the stored order; with it shards are permuted and utterances drawn from a buffer of
-    ``buffer`` (256 MiB of stored audio at most), an order that seed and epoch determine. Processes and workers take a
-    ``part`` of ``parts`` each: every utterance goes to one, their numbers differ by at most one. ``tally`` counts bad
-    utterances instead of raising, if it was made so.
+    ``extra`` says where in the shard the audio is (``apps.speech.data.utterance.STORED``), so that ``Corpus.load``
+    reads it without a search.
 
     Raises:
-        UserError: a shard is missing, truncated or no tar file, an unsafe member, or a bad utterance; it names the
-            shard and the member. What is wrong with a shard itself is never skipped.
+        UserError: a shard is missing, truncated or no tar file, or has an unsafe member; it names the shard and the
+            member. What is wrong with a shard itself is never a bad row, which can be left out.
     """
-    if not (parts >= 1 and 0 <= part < parts and buffer >= 1):
-        raise ValueError(f"part, parts, buffer: got {part}, {parts}, {buffer}, wanted 0 <= part < parts and a buffer")
-    tally = tally or Tally(skip_bad=False)
-    order = [Path(path) for path in paths]
-    if seed is not None:
-        permutation = np.random.default_rng([abs(seed), seed < 0, epoch]).permutation(len(order))
-        order = [order[at] for at in permutation]
-    stored = _stored(order, part, parts, tally)
-    if seed is not None:
-        stored = _shuffled(stored, np.random.default_rng([abs(seed), seed < 0, epoch, part, parts]), buffer)
-    for each in stored:
-        try:
-            samples = decode_audio(each.audio, each.where)
-        except UserError as error:
-            tally.add(BadRow("bad audio", str(error)))
-            continue
-        yield replace(each.utterance, duration=len(samples) / SAMPLE_RATE), samples
-
-
-def _shuffled(stored: Iterable[_Stored], generator: np.random.Generator, size: int) -> Iterator[_Stored]:
-    held: list[_Stored] = []
-    weight = 0
-    for each in stored:
-        held.append(each)
-        weight += len(each.audio)
-        while len(held) > size or (weight > _BUFFER_BYTES and len(held) > 1):
-            at = int(generator.integers(len(held)))
-            held[at], held[-1] = held[-1], held[at]
-            drawn = held.pop()
-            weight -= len(drawn.audio)
-            yield drawn
-    for at in generator.permutation(len(held)):
-        yield held[at]
-
-
-def _stored(paths: Iterable[Path], part: int, parts: int, tally: Tally) -> Iterator[_Stored]:
-    """Yield this part's utterances in the order of the shards; the audio of the other parts is passed over unread."""
-    number = -1
-    for path in paths:
+    for path in map(Path, paths):
         key: str | None = None
-        members: dict[str, bytes] = {}
+        members: dict[str, _Member] = {}
         for name, read in _members(path):
             stem, _, suffix = name.rpartition("/")[2].partition(".")
             if (current := name[: len(name) - len(suffix) - 1]) != key:
-                yield from _assembled(path, key, members, tally)
-                key, members, number = current, {}, number + 1
-            if number % parts == part and ("." + suffix).lower() in (".json", ".txt", *AUDIO_SUFFIXES) and stem:
+                yield from _rows(path, key, members)
+                key, members = current, {}
+            if ("." + suffix).lower() in (".json", ".txt", *AUDIO_SUFFIXES) and stem:
                 members[suffix.lower()] = read()
-        yield from _assembled(path, key, members, tally)
+        yield from _rows(path, key, members)
 
 
-def _assembled(path: Path, key: str | None, members: dict[str, bytes], tally: Tally) -> Iterator[_Stored]:
+def _rows(path: Path, key: str | None, members: dict[str, _Member]) -> Iterator[Row | BadRow]:
     if key is None or not members:
         return
-    where = f"{path}: member {key}"
+    where = f"{path}: member {ascii(key)[1:-1]}"
     try:
-        yield _assemble(path, key, where, members)
+        if not key.isprintable():
+            raise BadRow("bad field", f"{where}: wanted a name that can be printed")
+        yield _row(path, key, where, members)
     except BadRow as error:
-        tally.add(error)
+        yield error
 
 
-def _assemble(path: Path, key: str, where: str, members: dict[str, bytes]) -> _Stored:
+def _row(path: Path, key: str, where: str, members: dict[str, _Member]) -> Row:
     suffix = next((name for name in members if "." + name in AUDIO_SUFFIXES), None)
     if suffix is None:
         raise BadRow("no audio", f"{where}: has no audio beside .{', .'.join(members)}")
@@ -216,29 +174,27 @@ def _assemble(path: Path, key: str, where: str, members: dict[str, bytes]) -> _S
     text: str | None = None
     try:
         if "json" in members:
-            row = json.loads(_limited(members["json"], where, "json"))
+            row = json.loads(_limited(members["json"].data, where, "json"))
             if not isinstance(row, dict):
                 raise BadRow("unreadable row", f"{where}.json: wanted an object, got {type(row).__name__}")
         if "txt" in members:
-            text = _limited(members["txt"], where, "txt").decode("utf-8").strip()
+            text = _limited(members["txt"].data, where, "txt").decode("utf-8").strip()
     except (ValueError, RecursionError) as error:
         if isinstance(error, BadRow):
             raise
         raise BadRow("unreadable row", f"{where}: is no UTF-8 JSON or text") from None
-    text = row.get("text", text)
-    for name, value in (("text", text), ("id", row.get("id")), ("speaker", row.get("speaker"))):
-        if value is not None and not isinstance(value, str):
-            raise BadRow("bad field", f"{where}.json: {name}: got {type(value).__name__}, wanted text")
-    if text is not None and not text.strip():
-        raise BadRow("empty text", f"{where}: text: is empty")
-    extra = {
-        name: value
-        for name, value in row.items()
-        if name not in ("id", "audio_filepath", "text", "duration", "speaker", "offset", "channel")
-    }
-    member = f"{path.name}/{key}.{suffix}"
-    utterance = Utterance(row.get("id") or key, member, text, 0.0, row.get("speaker") or "", extra)
-    return _Stored(f"{where}.{suffix}", utterance, members[suffix])
+    audio, duration = members[suffix], row.get("duration")
+    if duration is None:
+        try:
+            duration = len(decode_audio(audio.data, f"{where}.{suffix}")) / SAMPLE_RATE
+        except UserError as error:
+            raise BadRow("bad audio", str(error)) from None
+    values = {"id": row.get("id") or key, "audio": path.name, "duration": duration, "speaker": row.get("speaker")}
+    # the part and the channel were cut out when the audio was stored
+    taken = (*values, "audio_filepath", "text", "offset", "channel")
+    extra = {name: value for name, value in row.items() if name not in taken}
+    stored = dict(zip(STORED, (f"{key}.{suffix}", audio.offset, len(audio.data)), strict=True))
+    return Row(where, {**values, "text": row.get("text", text)}, {**extra, **stored})
 
 
 def _limited(data: bytes, where: str, suffix: str) -> bytes:
@@ -248,10 +204,10 @@ def _limited(data: bytes, where: str, suffix: str) -> bytes:
 
 
 class _Bounded(io.FileIO):
-    """A file that gives at most ``_LARGEST_MEMBER`` bytes at once: what a header claims is not believed."""
+    """A file that gives at most ``LARGEST_STORED`` bytes at once: what a header claims is not believed."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= _LARGEST_MEMBER + _BLOCK:
+        if size is None or not 0 <= size <= LARGEST_STORED + _BLOCK:
             raise tarfile.ReadError("a header claims an impossible size")
         return super().read(size) or b""
 
@@ -262,14 +218,14 @@ class _Reader:
     def __init__(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
         self._archive, self._member, self._path = archive, member, path
 
-    def __call__(self) -> bytes:
+    def __call__(self) -> _Member:
         # runs where the member is wanted, outside the iteration
         with _named(self._path):
             handle = self._archive.extractfile(self._member)
             data = handle.read() if handle else b""
             if len(data) != self._member.size:
                 raise tarfile.ReadError(f"unexpected end of {self._member.name!a}")
-            return data
+            return _Member(data, self._member.offset_data)
 
 
 @contextmanager
@@ -322,5 +278,5 @@ def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
     if not member.isreg() or member.issparse():
         kind = "link" if member.islnk() or member.issym() else "device, pipe or sparse file"
         raise UserError(f"{where}: is a {kind}; wanted files")
-    if not 0 <= member.size <= _LARGEST_MEMBER:
-        raise UserError(f"{where}: has {member.size} bytes, wanted at most {_LARGEST_MEMBER >> 20} MiB")
+    if not 0 <= member.size <= LARGEST_STORED:
+        raise UserError(f"{where}: has {member.size} bytes, wanted at most {LARGEST_STORED >> 20} MiB")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apps.speech.audio import read_audio
+from apps.speech.audio import decode_audio, read_audio
 from apps.speech.features import FEATURE_SHIFT_MS, SAMPLE_RATE
 from apps.speech.text import TextRules
 from apps.speech.units import Units, needed_frames
@@ -20,6 +20,9 @@ from kdcore.config import UserError
 from kdcore.run import fingerprint
 
 SUBSAMPLING = 4  # feature frames to a frame of the acoustic models
+# where in a file, a tar shard, an utterance's audio is stored: its name there, its first byte and its length
+STORED = ("stored_as", "stored_at", "stored_bytes")
+LARGEST_STORED = 1 << 28
 NAMED = 20  # problems kept by their message; the others are counted
 
 
@@ -27,7 +30,7 @@ NAMED = 20  # problems kept by their message; the others are counted
 class Utterance:
     """One piece of audio and what is said in it.
 
-    ``audio`` is the path as given (or the member of a shard), ``text`` None where nobody wrote it down, ``duration``
+    ``audio`` is the path as given (of a shard too), ``text`` None where nobody wrote it down, ``duration``
     in seconds. ``extra`` holds what else its source says; of that, ``offset`` (s) and ``channel`` (a number) say
     which part of the file it is, ``split`` which part of the corpus.
     """
@@ -97,12 +100,31 @@ class Corpus:
 
     def load(self, utterance: Utterance) -> np.ndarray:
         """Return the samples float32 [n] of an utterance at 16 kHz; errors as ``read_audio``."""
+        if STORED[1] in utterance.extra:
+            return _stored(self.path(utterance), utterance)
         channel = utterance.extra.get("channel")
         number = channel if isinstance(channel, int) and not isinstance(channel, bool) else "mix"
         offset = utterance.extra.get("offset")
         if offset is None:
             return read_audio(self.path(utterance), channel=number)
         return read_audio(self.path(utterance), channel=number, start=offset, seconds=utterance.duration)
+
+
+def _stored(path: Path, utterance: Utterance) -> np.ndarray:
+    """Return the samples of an utterance that is a member of a shard."""
+    name, start, count = (utterance.extra.get(each) for each in STORED)
+    where = f"{path}: member {ascii(str(name))[1:-1]}"
+    if type(start) is not int or type(count) is not int or not 0 < count <= LARGEST_STORED or start < 0:
+        raise UserError(f"{path}: {utterance.id}: {', '.join(STORED[1:])}: got {start!r}, {count!r}, wanted bytes")
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(start)
+            data = handle.read(count)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(data) < count:
+        raise UserError(f"{where}: is truncated: {count} bytes are stated, {len(data)} are there")
+    return decode_audio(data, where)
 
 
 def _size(path: Path) -> int:
@@ -141,13 +163,19 @@ class Tally:
             self.problems.append(str(error))
 
 
+def of_corpus(utterance: Utterance, reason: str) -> str:
+    """Return a reason by which an utterance is counted: under its corpus, where there are several."""
+    corpus = utterance.extra.get("corpus")
+    return f"{corpus}: {reason}" if isinstance(corpus, str) else reason
+
+
 def loaded(corpus: Corpus, tally: Tally) -> Iterator[tuple[Utterance, np.ndarray]]:
     """Yield utterances with their samples; audio that cannot be read goes to ``tally`` as "bad audio"."""
     for utterance in corpus.utterances:
         try:
             samples = corpus.load(utterance)
         except UserError as error:
-            tally.add(BadRow("bad audio", f"utterance {utterance.id}: {error}"))
+            tally.add(BadRow(of_corpus(utterance, "bad audio"), f"utterance {utterance.id}: {error}"))
             continue
         yield utterance, samples
 

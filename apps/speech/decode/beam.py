@@ -393,19 +393,3 @@ def _release(node: _Prefix) -> None:
         if parent.children.get(node.symbol) is node:
             del parent.children[node.symbol]
         node = parent
-
-
-def beam_search(
-    log_probs: np.ndarray, scorer: Scorer | None = None, *, n: int = 1, beam: int = 16, floor: float = 1e-4
-) -> list[Hypothesis]:
-    """Return the at most ``n`` best symbol sequences of ``log_probs`` [T, C] with a scorer such as ``Hotwords``.
-
-    Sequences that the scorer calls complete come first, the best of them first; options as in ``PrefixSearch``.
-
-    Raises:
-        ValueError: as ``check_log_probs``, or an option out of range.
-    """
-    values = check_log_probs(log_probs)
-    search = PrefixSearch(values.shape[1], scorer, beam=beam, floor=floor)
-    search.accept(values)
-    return [candidate.hypothesis for candidate in search.candidates()[:n]]

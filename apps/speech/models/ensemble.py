@@ -1,7 +1,8 @@
-"""Several teachers as one: their posteriors averaged frame by frame, or one of them for each batch.
+"""Several teachers as one: their posteriors averaged frame by frame.
 
 An average of CTC posteriors is of use where the teachers put their spikes at the same frames: those trained under one
-guide do (Kurata and Audhkhasi, 2019). Others are better switched per batch (Fukuda et al., 2017).
+guide do (Kurata and Audhkhasi, 2019). Others are better switched, one of them for each utterance (Fukuda et al., 2017),
+which is ``teacher.combine: switched``.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def confidence(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Ensemble:
-    """Teachers with the same units and frames, averaged or switched.
+    """Teachers with the same units and frames, averaged.
 
     ``by`` says what their weights are: equal, by the members' error rates, or by confidence in each utterance.
 
@@ -140,10 +141,6 @@ class Ensemble:
         if self.by == "confidence":
             return average(given, torch.stack([confidence(each, lengths) for each in given]))
         return average(given, self.weights)
-
-    def pick(self, generator: torch.Generator) -> int:
-        """Return the place of the teacher of one batch, drawn in proportion to the weights."""
-        return int(torch.multinomial(self.weights, 1, generator=generator))
 
 
 def _difference(member: Member, first: Member) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from apps.speech.decode.beam import PrefixSearch, Scorer
+from apps.speech.decode.ctc import Hypothesis
 from kdcore.config import UserError
 
 AN4 = Path(os.environ.get("KD_DATA", "../shared/data")) / "speech" / "an4"
@@ -93,3 +95,10 @@ def enumerate_all(log_probs: np.ndarray) -> dict[tuple[int, ...], float]:
         score = float(sum(log_probs[t, k] for t, k in enumerate(path)))
         total[ids] = float(np.logaddexp(total.get(ids, -np.inf), score))
     return total
+
+
+def beam_search(log_probs: np.ndarray, scorer: Scorer | None = None, *, n: int = 1, beam: int = 16) -> list[Hypothesis]:
+    """Return the at most ``n`` best symbol sequences of whole posteriors, as a stream of one packet gives them."""
+    search = PrefixSearch(log_probs.shape[1], scorer, beam=beam)
+    search.accept(log_probs)
+    return [candidate.hypothesis for candidate in search.candidates()[:n]]

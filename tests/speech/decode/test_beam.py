@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.speech.decode.beam import PrefixSearch, beam_search
+from apps.speech.decode.beam import PrefixSearch
 from apps.speech.decode.nbest import n_best
-from tests.speech.decode.made import Characters, an4_texts, enumerate_all, noisy, posteriors
+from tests.speech.decode.made import Characters, an4_texts, beam_search, enumerate_all, noisy, posteriors
 
 
 def split(log_probs: np.ndarray, cuts: list[int]) -> list[np.ndarray]:

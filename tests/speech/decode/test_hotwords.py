@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.speech.decode.beam import beam_search
 from apps.speech.decode.hotwords import Hotwords
 from kdcore.config import UserError
-from tests.speech.decode.made import Characters, Pieces, normalise, posteriors
+from tests.speech.decode.made import Characters, Pieces, beam_search, normalise, posteriors
 
 
 def total(hotwords: Hotwords, ids: list[int]) -> float:

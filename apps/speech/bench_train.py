@@ -1,0 +1,112 @@
+"""What a taught step costs beside a plain CTC step on AN4, and what buckets waste on padding."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.speech import fitting
+from apps.speech.config import SpeechConfig, load_config
+from apps.speech.data.batches import bucketed, padding_share
+from apps.speech.data.corpora import find_data
+from apps.speech.distill import SpeechStep
+from apps.speech.knowledge import Pair, needs, terms
+from apps.speech.models import new_model
+from apps.speech.pipeline import Pipeline
+from apps.speech.teachers import teacher_lessons
+from kdcore.progress import Announcer
+
+
+def run(
+    work: Path, *, data: str = "an4", repeats: int = 15, overrides: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Measure the median times of steps that take turns on the same batches, on one thread.
+
+    The teacher is an untrained one of the recipe's size: what it said is in the cache, and costs nothing by then.
+    """
+    find_data(data)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measured(work, data, repeats, overrides)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(work: Path, data: str, repeats: int, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    config = load_config(recipe="ctc_sequence_level", overrides=[("data.path", json.dumps(data)), *overrides])
+    untrained = replace(config.teacher, trainer=replace(config.teacher.trainer, max_epochs=1))
+    config = replace(config, teacher=untrained)
+    pipeline = Pipeline(config, work / "speech-train", Announcer())
+    steps = {
+        "ctc": _step(pipeline, config, {}),
+        "frame": _step(pipeline, config, {"frame": {}}),
+        "sequence of 4": _step(pipeline, config, {"sequence": {"count": 4}}),
+    }
+    batches = list(steps["ctc"].batches(0, torch.Generator().manual_seed(0)))[:repeats]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    plans = {
+        name: list(step.batches(0, torch.Generator().manual_seed(0)))[: len(batches)] for name, step in steps.items()
+    }
+    optimizers = {name: step.optimizer() for name, step in steps.items()}
+    for place in range(len(batches)):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            values = step(plans[name][place])
+            loss = torch.stack([value * step.weights[term] for term, value in values.items()]).sum()
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    lengths = pipeline.prepared.store("train", "clean").lengths
+    frames = config.student.optimization.batch_frames
+    waste = padding_share(lengths, bucketed(lengths, frames, torch.Generator().manual_seed(0)))
+    return {
+        "median_ms": {name: value * 1e3 for name, value in medians.items()},
+        "ratio": {name: value / medians["ctc"] for name, value in medians.items()},
+        "targets": {"frame": 1.25, "sequence of 4": 1.8, "padding_share": 0.1},
+        "padding_share": waste,
+    }
+
+
+def _step(pipeline: Pipeline, config: SpeechConfig, knowledge: Mapping[str, Mapping[str, Any]]) -> SpeechStep:
+    """Return a student's step with some knowledge, of the same weights and views as every other."""
+    torch.manual_seed(0)
+    prepared = pipeline.prepared
+    views = [pair.student for pair in config.views]
+    model = new_model(config.student.kind, prepared.units.blank + 1, config.student.options)
+    model.set_statistics(*(torch.from_numpy(each) for each in prepared.store("train", views[0]).statistics()))
+    lessons = None
+    given = []
+    if knowledge:
+        wanted, teacher = needs(knowledge), pipeline.teach(0)
+        lessons = teacher_lessons(
+            [(teacher, pair.teacher) for pair in config.views],
+            prepared,
+            pipeline.run.path / "seeds" / "shared" / "teacher_cache",
+            posteriors=wanted.posteriors,
+            attention=wanted.attention,
+            layers=wanted.teacher_layers,
+            n_best=wanted.n_best,
+            cuts=wanted.cuts,
+        )
+        pair = Pair(model.classes - 1, model.width, teacher.width)
+        given = [term for name, options in knowledge.items() for term in terms(name, options, 1.0, pair)]
+    return SpeechStep(
+        model,
+        prepared.training(views),
+        fitting.validator(prepared.store("valid", config.test_view), prepared.texts("valid"), prepared.units),
+        epochs=1,
+        terms=given,
+        optimization=config.student.optimization,
+        augment=config.student.augment,
+        lessons=lessons,
+    )

@@ -1,0 +1,224 @@
+"""The corpora that a configuration names, one or several: found, selected from, and joined without a clash of ids.
+
+    an4                          by its name in the data folder (KD_DATA, or data), or any path
+    fsdd@speaker=george,lucas    only the utterances of these speakers
+    fsdd@speaker!=george         all but his
+    an4@split=train              one of its splits; any other field of its rows can stand there as well
+
+Several selections follow one another: ``fsdd@speaker=george@index=0,1``. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from apps.speech.data.formats import pattern_files, read_corpus
+from apps.speech.data.utterance import Corpus, Utterance
+from kdcore.config import UserError, nearest
+from kdcore.run import read_json
+
+# what the parts are called by those who publish corpora
+PARTS = {"train": ("train",), "valid": ("valid", "dev", "val", "validation"), "test": ("test", "eval")}
+_SELECTION = re.compile(r"@(\w+)(!?=)([^@]*)")
+_SELECTED = re.compile(r"(.*?)((?:@\w+!?=[^@]*)+)", re.DOTALL)
+Given = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Utterances whose ``field`` is one of ``values``, or, with ``exclude``, none of them."""
+
+    field: str
+    values: tuple[str, ...]
+    exclude: bool
+
+    def apply(self, corpus: Corpus, name: str) -> Corpus:
+        """Return the selected utterances.
+
+        Raises:
+            UserError: no utterance has the field or one of the values, or none is left.
+        """
+        found = [_value(utterance, self.field) for utterance in corpus.utterances]
+        known = sorted({value for value in found if value is not None})
+        if not known:
+            raise UserError(f"{name}: no utterance has a {self.field}")
+        for value in self.values:
+            if value not in known:
+                raise UserError(f"{name}: no utterance has {self.field} {value!r}, {nearest(value, known[:50])}")
+        kept = corpus.select(lambda each: (_value(each, self.field) in self.values) is not self.exclude)
+        if not len(kept):
+            raise UserError(f"{name}: {self.field} leaves no utterance of {len(corpus)}")
+        return kept
+
+
+def _value(utterance: Utterance, field: str) -> str | None:
+    value = utterance.speaker or None if field == "speaker" else utterance.extra.get(field)
+    return None if value is None else str(value)
+
+
+def parse_corpus(text: str) -> tuple[str, tuple[Selection, ...]]:
+    """Return the name or path of a corpus, and what is selected of it (see the module)."""
+    match = _SELECTED.fullmatch(text)
+    if match is None or os.path.exists(text):
+        return text, ()
+    selections = []
+    for field, sign, values in _SELECTION.findall(match[2]):
+        named = tuple(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
+        if not named:
+            raise UserError(f"--data: {text}: wanted values after {field}{sign}")
+        selections.append(Selection(field, named, sign == "!="))
+    return match[1], tuple(selections)
+
+
+def find_data(name: str) -> Path:
+    """Return a path, or that of a corpus by its name in the data folder (``KD_DATA``, or ``data``).
+
+    Shards may be named by a pattern, as ``shards/part-*.tar``.
+
+    Raises:
+        UserError: neither is there; the text says where it was looked for.
+    """
+    roots = [Path(os.environ["KD_DATA"]) / "speech"] if os.environ.get("KD_DATA") else []
+    places = [Path(name), *(root / name for root in (*roots, Path("data")))]
+    for place in places:
+        if os.path.exists(place) or pattern_files(place):
+            return place
+    looked = ", ".join(map(str, places[1:]))
+    raise UserError(f"--data: {name} is no file or folder, and not among the corpora ({looked}; set KD_DATA)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus of a run: its name there, where it is, and whether it says of itself that it is simulated."""
+
+    name: str
+    path: Path
+    simulated: bool
+
+
+class Sources:
+    """Reads corpora, each once.
+
+    With ``several``, utterances and speakers are named ``CORPUS/NAME``, audio by its whole path, and
+    ``Utterance.extra["corpus"]`` says where each is from; one corpus alone stays as it is.
+    """
+
+    def __init__(self, *, skip_bad: bool, several: bool) -> None:
+        self.skip_bad, self.several = skip_bad, several
+        self.sources: dict[Path, Source] = {}
+        self._corpora: dict[Path, Corpus] = {}
+
+    def whole(self, given: Given) -> Corpus:
+        """Return all of some corpora."""
+        return join([corpus for _, corpus, _ in self._read(given)])
+
+    def part(self, given: Given, part: str) -> Corpus:
+        """Return a part as it was named: of a corpus with splits the one of that name, of others the whole.
+
+        Raises:
+            UserError: a corpus has splits of other parts only, and none was selected.
+        """
+        found = []
+        for text, corpus, selections in self._read(given):
+            own = next((name for name in PARTS[part] if name in corpus.splits), None)
+            if own is not None:
+                corpus = corpus.split(own)
+            elif _parts(corpus) and not any(selection.field == "split" for selection in selections):
+                known = ", ".join(corpus.splits)
+                raise UserError(f"data.{part}: {text} has no split {part}, it has {known}; choose: {text}@split=NAME")
+            found.append(corpus)
+        return join(found)
+
+    def parts(self, given: Given) -> dict[str, Corpus]:
+        """Return the parts that some corpora have together; what belongs to none of them is for training."""
+        found: dict[str, list[Corpus]] = {part: [] for part in PARTS}
+        for _, corpus, _ in self._read(given):
+            own = _parts(corpus)
+            taken = set(own.values())
+            for part, name in own.items():
+                found[part].append(corpus.split(name))
+            if "train" not in own:
+                rest = corpus.select(lambda each, taken=taken: each.extra.get("split") not in taken)  # type: ignore[misc]
+                found["train"] += [rest] if len(rest) else []
+        return {part: join(pieces) for part, pieces in found.items() if pieces}
+
+    def _read(self, given: Given) -> list[tuple[str, Corpus, tuple[Selection, ...]]]:
+        texts = [given] if isinstance(given, str) else list(given)
+        if not texts:
+            raise UserError("data: got an empty list, wanted at least one corpus")
+        return [(text, *self._selected(text)) for text in texts]
+
+    def _selected(self, text: str) -> tuple[Corpus, tuple[Selection, ...]]:
+        name, selections = parse_corpus(text)
+        path = find_data(name)
+        if path not in self._corpora:
+            self._corpora[path] = read_corpus(path, skip_bad=self.skip_bad)
+            about = self._corpora[path].folder / "dataset.json"
+            simulated = about.is_file() and bool(read_json(about).get("simulated", False))
+            self.sources[path] = Source(self._new_name(path), path, simulated)
+        corpus, name = self._corpora[path], self.sources[path].name
+        for selection in selections:
+            corpus = selection.apply(corpus, name)
+        return _named(corpus, name) if self.several else corpus, selections
+
+    def _new_name(self, path: Path) -> str:
+        name = path.resolve().name.split(".")[0].replace("*", "") or "corpus"
+        known = {source.name for source in self.sources.values()}
+        return next(each for each in _numbered(name, len(known)) if each not in known)
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name, *(f"{name}-{number}" for number in range(2, count + 2))]
+
+
+def _parts(corpus: Corpus) -> dict[str, str]:
+    """Return the split of a corpus for each part that has one."""
+    found = {part: next((name for name in names if name in corpus.splits), None) for part, names in PARTS.items()}
+    return {part: name for part, name in found.items() if name is not None}
+
+
+def _named(corpus: Corpus, name: str) -> Corpus:
+    """Return a corpus that can be joined with others: names under its own, audio by its whole path."""
+
+    def renamed(each: Utterance) -> Utterance:
+        audio = os.path.abspath(corpus.path(each))
+        speaker = f"{name}/{each.speaker}" if each.speaker else ""
+        return replace(each, id=f"{name}/{each.id}", audio=audio, speaker=speaker, extra={**each.extra, "corpus": name})
+
+    counts = {f"{name}: {reason}": count for reason, count in corpus.counts.items()}
+    return replace(corpus, utterances=tuple(map(renamed, corpus.utterances)), counts=counts)
+
+
+def join(corpora: Sequence[Corpus]) -> Corpus:
+    """Return one corpus, or several whose audio is named by whole paths, as one.
+
+    Raises:
+        UserError: an utterance is in two of them.
+    """
+    if len(corpora) == 1:
+        return corpora[0]
+    utterances = tuple(each for corpus in corpora for each in corpus.utterances)
+    seen: set[str] = set()
+    for each in utterances:
+        if each.id in seen:
+            raise UserError(f"data: utterance {each.id} is selected twice")
+        seen.add(each.id)
+    counts: dict[str, int] = {}
+    for corpus in corpora:
+        counts |= corpus.counts  # by corpus: one that is selected from twice counts once
+    folder = Path(os.path.commonpath([os.path.abspath(corpus.folder) for corpus in corpora]))
+    problems = dict.fromkeys(problem for corpus in corpora for problem in corpus.problems)
+    return Corpus(utterances, folder, counts, tuple(problems))
+
+
+def refuse_shared(corpora: dict[str, Corpus], parts: Sequence[str]) -> None:
+    """Raise UserError if an utterance is in two of the parts."""
+    owner: dict[str, str] = {}
+    for part in parts:
+        for each in corpora[part].utterances if part in corpora else ():
+            if owner.setdefault(each.id, part) != part:
+                raise UserError(f"data: utterance {each.id} is in {owner[each.id]} and in {part}")

@@ -1,0 +1,178 @@
+"""Corpora by name, with selections, alone and joined: nothing clashes, nothing is in two parts, all is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apps.speech.config import DataConfig
+from apps.speech.data.corpora import Selection, find_data, parse_corpus
+from apps.speech.data.parts import Parts, read_parts
+from kdcore.config import UserError
+from kdcore.run import read_json
+from tests.speech.small_runs import small
+
+REAL = Path(os.environ.get("KD_DATA", "../shared/data")) / "speech"
+
+
+def corpus(folder: Path, files: dict[str, list[tuple[str, str]]], rate: int = 16_000) -> Path:
+    """Write manifests of (id, speaker) with half a second of noise each."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(len(str(folder)))
+    for name, rows in files.items():
+        lines = []
+        for number, (utterance, speaker) in enumerate(rows):
+            audio = f"{name}-{utterance}.wav"
+            soundfile.write(folder / audio, generator.normal(0, 0.1, rate // 2).clip(-0.9, 0.9), rate)
+            row = {"id": utterance, "path": audio, "text": f"yes {utterance[0]}", "duration": 0.5}
+            lines.append(json.dumps({**row, "speaker": speaker, "take": number}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[Path, Path]:
+    """A corpus with parts, and one without, whose ids and speakers are the same."""
+    first = corpus(tmp_path / "one", {"train": [("a", "s"), ("b", "t"), ("c", "u")], "test": [("d", "v")]})
+    (first / "dataset.json").write_text('{"simulated": true}')
+    return first, corpus(tmp_path / "two", {"metadata": [("a", "s"), ("b", "t"), ("d", "v"), ("e", "w")]}, 8_000)
+
+
+def read(**settings: object) -> Parts:
+    return read_parts(DataConfig(**settings))  # type: ignore[arg-type]
+
+
+def ids(parts: Parts) -> dict[str, list[str]]:
+    return {part: [each.id for each in corpus.utterances] for part, corpus in parts.corpora.items()}
+
+
+def test_one_corpus_stays_as_it_is(both: tuple[Path, Path]) -> None:
+    parts = read(path=str(both[0]), valid_speakers=1)
+    found = ids(parts)
+    assert found["test"] == ["d"] and sorted(found["train"] + found["valid"]) == ["a", "b", "c"]
+    assert "corpus" not in parts["train"].utterances[0].extra and parts.simulated
+    assert ids(read(path=[str(both[0])], valid_speakers=1)) == found
+
+
+def test_several_corpora_are_joined_by_their_parts(both: tuple[Path, Path]) -> None:
+    parts = read(path=[str(both[0]), f"{both[1]}@speaker!=w"], valid=f"{both[1]}@speaker=w")
+    assert ids(parts) == {
+        "train": ["one/a", "one/b", "one/c", "two/a", "two/b", "two/d"],
+        "test": ["one/d"],
+        "valid": ["two/e"],
+    }
+    assert [(source.name, source.simulated) for source in parts.sources] == [("one", True), ("two", False)]
+    last = parts["train"].utterances[-1]
+    assert (last.speaker, last.extra["corpus"], last.duration) == ("two/v", "two", 0.5)
+    # each from its own folder, at 16 kHz whatever it was recorded at
+    for each in parts["train"].utterances:
+        assert len(parts["train"].load(each)) == 8_000
+    assert parts["train"].path(last).parent == both[1]
+
+
+def test_parts_are_chosen_where_a_corpus_has_them(both: tuple[Path, Path]) -> None:
+    first, second = map(str, both)
+    assert ids(read(train=first, test=first, valid=second)) == {
+        "train": ["a", "b", "c"],
+        "test": ["d"],
+        "valid": ["a", "b", "d", "e"],
+    }
+    with pytest.raises(UserError, match=r"one has no split valid, it has test, train; choose: .*one@split=NAME"):
+        read(train=first, valid=first, test=second)
+    chosen = read(train=first, valid=f"{first}@split=train@speaker=s,t", test=f"{first}@split=test")
+    assert ids(chosen)["valid"] == ["a", "b"]
+    assert ids(read(path=[f"{second}@take!=3", f"{second}@speaker=w"], valid_speakers=1, test_speakers=1))
+
+
+def test_names_are_kept_apart(tmp_path: Path) -> None:
+    first = corpus(tmp_path / "x" / "data", {"all": [("a", "s"), ("b", "t")]})
+    second = corpus(tmp_path / "y" / "data", {"all": [("a", "s"), ("b", "t")]})
+    found = read(path=[str(first), str(second)], valid_speakers=1, test_speakers=1)
+    names = sorted(name for part in ids(found).values() for name in part)
+    assert names == ["data-2/a", "data-2/b", "data/a", "data/b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ["{two}@speaker=x", "{one}"]}, "two: no utterance has speaker 'x', wanted one of s, t, v, w"),
+        ({"path": ["{two}@mood=x", "{one}"]}, "two: no utterance has a mood"),
+        ({"path": ["{two}@speaker!=s,t,v,w", "{one}"]}, "speaker leaves no utterance of 4"),
+        ({"path": ["{two}@speaker=", "{one}"]}, "wanted values after speaker="),
+        ({"path": ["{two}", "{two}@speaker=s"]}, "utterance two/a is selected twice"),
+        ({"path": ["{one}", "{two}"], "valid": "{two}@speaker=s"}, "two/a is in train and in valid"),
+        ({"path": ["{one}", "nowhere"]}, "nowhere is no file or folder"),
+        ({"train": [], "path": "{one}"}, "got an empty list"),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, object], message: str, both: tuple[Path, Path]) -> None:
+    def filled(value: object) -> object:
+        if isinstance(value, list):
+            return [filled(each) for each in value]
+        return str(value).format(one=both[0], two=both[1])
+
+    with pytest.raises(UserError, match=message):
+        read(**{"valid_speakers": 1, **{name: filled(value) for name, value in settings.items()}})
+
+
+@given(
+    st.text("ab/.@ ", min_size=1, max_size=6).filter(lambda name: not Path(name).exists()),
+    st.lists(
+        st.tuples(st.sampled_from(["speaker", "split"]), st.lists(st.text("xyz", min_size=1), min_size=1)), max_size=3
+    ),
+    st.booleans(),
+)
+def test_what_is_written_is_what_is_selected(name: str, fields: list[tuple[str, list[str]]], exclude: bool) -> None:
+    sign = "!=" if exclude else "="
+    text = name + "".join(f"@{field}{sign}{','.join(values)}" for field, values in fields)
+    wanted = tuple(Selection(field, tuple(dict.fromkeys(values)), exclude) for field, values in fields)
+    assert parse_corpus(text) == (name, wanted)
+
+
+def test_a_path_may_hold_the_sign(tmp_path: Path) -> None:
+    odd = corpus(tmp_path / "me@speaker=s", {"all": [("a", "s"), ("b", "t"), ("c", "u")]})
+    assert parse_corpus(str(odd)) == (str(odd), ())
+    assert find_data(str(odd)) == odd
+
+
+def test_a_run_names_all_of_them_and_what_is_bad(both: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = both
+    for name, level in (("a", 0.0), ("b", 0.5)):
+        soundfile.write(second / f"metadata-{name}.wav", np.full(4_000, level), 8_000)
+    (second / "metadata-d.wav").write_bytes(b"RIFF")
+    with pytest.raises(UserError, match=r"two/d: .*metadata-d\.wav"):
+        read(path=[str(first), str(second)], valid_speakers=1)
+    data = {"path": [str(first), str(second)], "valid": f"{second}@speaker=w", "skip_bad": True}
+    data["path"][1] += "@speaker!=w"  # type: ignore[index]
+    prepared = small("ctc_sequence_level", first, tmp_path / "run", data=data).prepared
+    rows = {row["part"]: row for row in prepared.statistics()}
+    assert rows["train"]["corpora"] == "3 one, 2 two" and rows["train"]["left out"] == "1 two: bad audio"
+    assert rows["train"]["audio"] == "1 silence (two/a); 1 DC offset (two/b)" and rows["test"]["audio"] == "good"
+    about = read_json(tmp_path / "run" / "run" / "provenance.json")
+    assert about["simulated"] is True and about["data"]["name"] == "one+two"
+    assert about["data"]["corpora"] == [{"name": "one", "simulated": True}, {"name": "two", "simulated": False}]
+    store = prepared.store("train", "clean")
+    assert len(store) == 5 and (store.lengths == 74).all()  # 500 ms and the tail
+    other = {**data, "path": [str(first), f"{second}@speaker!=w,t"]}
+    assert (
+        small("ctc_sequence_level", first, tmp_path / "other", data=other).prepared.fingerprint != prepared.fingerprint
+    )
+
+
+@pytest.mark.skipif(not (REAL / "fsdd").is_dir(), reason="KD_DATA has no speech/fsdd")
+def test_fsdd_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_DATA", str(REAL.parent))
+    parts = read(
+        path="fsdd@index=0,1@digit=1,2,3", valid="fsdd@speaker=lucas@index=2", test="fsdd@speaker=george@index=3"
+    )
+    assert {part: len(corpus) for part, corpus in parts.corpora.items()} == {"train": 24, "valid": 10, "test": 10}
+    assert {each.speaker for each in parts["test"].utterances} == {"george"}
+    samples = parts["test"].load(parts["test"].utterances[0])
+    assert len(samples) / 16_000 == pytest.approx(parts["test"].utterances[0].duration, abs=1e-3)
