@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,70 @@ def export_onnx(
     else:
         onnx.checker.check_model(model, full_check=True)
         Path(path).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def trace_onnx(
+    module: nn.Module,
+    example_inputs: Sequence[Tensor],
+    path: str | os.PathLike[str],
+    *,
+    inputs: Mapping[str, Mapping[int, str]],
+    outputs: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write what ``module`` does with the example inputs as ONNX: a small file, much sooner than ``export_onnx``.
+
+    For modules that do the same with all inputs, such as a step of a stream: a choice that depends on a value, or on a
+    size, stays as it was for the example. Recurrent layers become one node each. ``check_parity`` with other sizes than
+    the example's shows whether it went well.
+
+    Options:
+        inputs, outputs: name -> {axis: name of the size} of the axes that vary.
+        metadata: what the file says of itself.
+    """
+    module.eval()
+    with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        traced = Path(folder) / "traced.onnx"
+        torch.onnx.export(
+            module,
+            tuple(example_inputs),
+            traced,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={name: dict(axes) for name, axes in {**inputs, **outputs}.items() if axes},
+        )
+        model = _folded(traced)
+    _write_small(model, path, metadata or {})
+
+
+def quantise_onnx(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Write a model of float32 weights with those of its products and LSTMs in int8, values in uint8 as they come.
+
+    The weights of each output have their own scale, largest / 127: weights that training rounded so are kept as they
+    are. Metadata is kept.
+
+    onnxruntime has no int8 for GRUs and none for convolutions that pays; they stay as they are.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(os.fspath(source))
+    about = {each.key: each.value for each in model.metadata_props}
+    # the constants are folded already, which is what preparing would do
+    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    with tempfile.TemporaryDirectory() as folder:
+        made = os.path.join(folder, "model.onnx")
+        quantize_dynamic(
+            model,
+            made,
+            op_types_to_quantize=["MatMul", "LSTM"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+        quantised = onnx.load(made)
+    _make_unsigned(quantised)
+    _write_small(quantised, path, about)
 
 
 def check_parity(
@@ -159,6 +224,73 @@ def _strip(model: onnx.ModelProto) -> None:
             node.doc_string = ""
     graph.doc_string = model.doc_string = ""
     graph.name = "main"
+
+
+def _folded(path: Path) -> onnx.ModelProto:
+    """Return a model of a file whose constants are worked out, products and sums left as they are."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    made = path.with_name("folded.onnx")
+    options.optimized_model_filepath = os.fspath(made)
+    # a Gemm in place of a product and a sum could not be quantised
+    onnxruntime.InferenceSession(
+        os.fspath(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+    )
+    return onnx.load(made)
+
+
+# node -> the places of its int8 weights among its inputs, and those of their zero points
+_INT8_INPUTS = {"MatMulInteger": ((1,), (3,)), "DynamicQuantizeLSTM": ((1, 2), (9, 11))}
+
+
+def _make_unsigned(model: onnx.ModelProto) -> None:
+    """Shift int8 weights by 128 to uint8, and their zero points with them, which changes no product.
+
+    Signed weights times unsigned values are summed in pairs of 16 bits on processors with AVX2 and no VNNI, where they
+    overflow: results would depend on the machine, and be worse. Unsigned times unsigned is exact everywhere.
+    """
+    tensors = {each.name: each for each in model.graph.initializer}
+    names = {
+        node.input[place]
+        for node in model.graph.node
+        for places in _INT8_INPUTS.get(node.op_type, ())
+        for place in places
+        if place < len(node.input)
+    }
+    for name in names:
+        values = onnx.numpy_helper.to_array(tensors[name])
+        if values.dtype != np.int8:
+            raise TypeError(f"{name}: got {values.dtype}, wanted int8")
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array((values.astype(np.int16) + 128).astype(np.uint8), name))
+
+
+def _write_small(model: onnx.ModelProto, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a model under short names, without what is not needed to run it: of small models that is a fifth."""
+    _strip(model)
+    graph = model.graph
+    del graph.value_info[:]
+    used = {node.domain for node in graph.node}
+    for place in reversed(range(len(model.opset_import))):
+        if model.opset_import[place].domain not in used:
+            del model.opset_import[place]
+    kept = {each.name for each in (*graph.input, *graph.output)}
+    names: dict[str, str] = {name: name for name in ("", *kept)}
+
+    def short(name: str) -> str:
+        return names.setdefault(name, f"v{len(names):x}")
+
+    for tensor in graph.initializer:
+        tensor.name = short(tensor.name)
+    for node in graph.node:
+        node.name = ""
+        node.input[:] = [short(name) for name in node.input]
+        node.output[:] = [short(name) for name in node.output]
+    for name, value in metadata.items():
+        model.metadata_props.add(key=name, value=value)
+    model.producer_name, model.producer_version = "kdsuite", ""
+    onnx.checker.check_model(model, full_check=True)
+    Path(path).write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _append_top_k(model: onnx.ModelProto, scores: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,21 @@ from kdcore.config import UserError
 from kdcore.run import provenance, write_json
 
 
-def run_bench(what: str, output: Path | None, work: Path, only: Sequence[str] = ()) -> int:
+def run_bench(
+    what: str, output: Path | None, work: Path, only: Sequence[str] = (), simulated: Path | None = None
+) -> int:
     """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically.
 
-    ``only`` are some of the recipes of ``quality``.
+    ``only`` are some of the recipes of ``quality``; ``simulated`` is the corpus of simulated speech for ``digits``.
     """
     if what != "quality" and only:
         raise UserError(f"--only: is for bench quality, got bench {what}")
-    result = quality(work, only) if what == "quality" else BENCHMARKS[what](work)
+    if what == "digits":
+        if simulated is None:
+            raise ValueError("simulated: bench digits wants a corpus")
+        result = digits(work, simulated)
+    else:
+        result = quality(work, only) if what == "quality" else {"train": train, "noise": noise}[what](work)
     command = ["kd", "speech", "bench", what, *(["--only", ",".join(only)] if only else [])]
     command += ["--json", f"benchmarks/results/{output.name}"] if output else []
     result = {**result, "benchmark": f"speech {what}", "provenance": provenance(command=command, load=os.getloadavg())}
@@ -43,11 +50,11 @@ def train(work: Path) -> dict[str, Any]:
     return bench_train.run(work)
 
 
-def digits(work: Path) -> dict[str, Any]:
+def digits(work: Path, simulated: Path) -> dict[str, Any]:
     """Measure one student for AN4, spoken digits and simulated speech on speakers it never heard."""
     from apps.speech import bench_digits
 
-    return bench_digits.run(work)
+    return bench_digits.run(work, simulated)
 
 
 def noise(work: Path) -> dict[str, Any]:
@@ -55,11 +62,3 @@ def noise(work: Path) -> dict[str, Any]:
     from apps.speech import bench_noise
 
     return bench_noise.run(work)
-
-
-BENCHMARKS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "quality": quality,
-    "train": train,
-    "digits": digits,
-    "noise": noise,
-}

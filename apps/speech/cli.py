@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apps.speech.device import transcribe_cli
 from kdcore import processes
 from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
 from kdcore.config import UserError
@@ -33,12 +34,17 @@ def main(words: Sequence[str]) -> int:
         epilog=example(
             "kd speech run --recipe ctc_sequence_level --data an4 --out runs/an4",
             "kd speech run     # small, quick, offline: simulated speech",
+            "kd speech export --run runs/an4 --out exported",
+            "kd speech transcribe --model exported talk.flac",
             "kd speech lm --text sentences.txt --order 3 --out lm.arpa",
         ),
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, what in _STAGES.items():
         _add_stage(verbs, verb, what)
+    _add_export(verbs)
+    transcribe_cli.add_transcribe(verbs)
+    _add_check(verbs)
     _add_shards(verbs)
     _add_lm(verbs)
     _add_bench(verbs)
@@ -49,7 +55,7 @@ def main(words: Sequence[str]) -> int:
             return _stage(args, split_overrides(rest, known))
     if rest:
         raise unknown_argument(rest[0], known)
-    return {"shards": _shards, "lm": _lm, "bench": _bench}[args.verb](args)
+    return _VERBS[args.verb](args)
 
 
 def describe_recipes() -> list[dict[str, str]]:
@@ -198,6 +204,54 @@ def _finish(pipeline: Pipeline, as_json: bool) -> None:
     print(f"report: {report}")
 
 
+def _add_export(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "export",
+        help="write the student of a finished run as a folder for our runtime and for sherpa-onnx",
+        description="Write the deployed student of a run as ONNX, float32 and int8, proved equal to the model, with "
+        "tokens, model card and a clip to test itself; sherpa-onnx reads the same folder.",
+        epilog=example("kd speech export --run runs/an4 --out exported"),
+    )
+    parser.add_argument("--run", type=Path, required=True, help="a finished run")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; an earlier export is replaced")
+    parser.add_argument(
+        "--model", choices=("student", "student_alone"), default="student", help="which (default student)"
+    )
+    parser.add_argument("--name", help="of the model (default the run's)")
+    parser.add_argument("--licence", help="of the data, for the card (default what is stated beside it)")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from apps.speech.export import export
+
+    print(export(args.run, args.model, args.out, name=args.name, licence=args.licence))
+    return 0
+
+
+def _add_check(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "check",
+        help="verify an exported folder before it ships",
+        description="Verify an exported folder: hashes, shapes, and that its clip is heard; exit code 1 if not.",
+        epilog=example("kd speech check exported"),
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what `kd speech export` wrote")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from apps.speech.device.folder_check import check_folder
+
+    findings = check_folder(args.folder)
+    if args.json:
+        print(json.dumps([vars(each) for each in findings], indent=2))
+    else:
+        for each in findings:
+            detail = f": {each.detail}" if each.detail else ""
+            print(f"{'ok  ' if each.ok else 'BAD '} {each.file}  {each.check}{detail}")
+    return 0 if all(each.ok for each in findings) else 1
+
+
 def _add_shards(verbs: Any) -> None:
     parser = verbs.add_parser(
         "shards",
@@ -262,7 +316,13 @@ def _add_bench(verbs: Any) -> None:
 def _bench(args: argparse.Namespace) -> int:
     from apps.speech.bench import run_bench
 
-    return run_bench(args.what, args.json, args.work, [name for name in args.only.split(",") if name])
+    simulated = None
+    if args.what == "digits":
+        from data_scripts.simulate_speech import simulate
+
+        simulated = simulate(args.work / "speech-simulated", progress=True)
+    only = [name for name in args.only.split(",") if name]
+    return run_bench(args.what, args.json, args.work, only, simulated)
 
 
 def demo(folder: Path) -> None:
@@ -274,6 +334,15 @@ def demo(folder: Path) -> None:
         simulate(data, progress=True)
     main(["run", "--recipe", "demo", "--data", str(data), "--out", str(folder)])
 
+
+_VERBS = {
+    "export": _export,
+    "transcribe": transcribe_cli.run_transcribe,
+    "check": _check,
+    "shards": _shards,
+    "lm": _lm,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

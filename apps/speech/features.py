@@ -1,7 +1,9 @@
 """The features of every model, in training and on the device: 80 log-mel bins each 10 ms, by kaldi-native-fbank.
 
-They are those a deployed student is given by sherpa-onnx: 25 ms frames each 10 ms (the first one centred, so that n
-samples have n / 160 frames, rounded), povey window, pre-emphasis 0.97, no offset, no dither, 20 to 7600 Hz. No torch.
+They are those that sherpa-onnx gives a deployed student (``OnlineRecognizer.from_nemo_ctc``; a test asks it): 25 ms
+frames each 10 ms (the first one centred, so that n samples have n / 160 frames, rounded), Hann window, pre-emphasis
+0.97, no dither, an offset of the samples left in, the mel bins of librosa (Slaney's scale, each of area 1) up to 8000
+Hz. No torch.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ FEATURE_SHIFT_MS = 10
 SILENCE = float(np.log(np.finfo(np.float32).eps))
 # silence behind every utterance, in training and on the device: a streaming model speaks a little after it has heard
 TAIL_MS = 240
+# of what ``fbank`` gives: kept features of another version are computed anew
+VERSION = 2
 
 
 def _options() -> kaldi_native_fbank.FbankOptions:
@@ -28,9 +32,9 @@ def _options() -> kaldi_native_fbank.FbankOptions:
     options = FbankOptions()
     frame, mel = options.frame_opts, options.mel_opts
     frame.samp_freq, frame.frame_length_ms, frame.frame_shift_ms = SAMPLE_RATE, 25.0, float(FEATURE_SHIFT_MS)
-    frame.dither, frame.preemph_coeff, frame.remove_dc_offset = 0.0, 0.97, True
-    frame.window_type, frame.snip_edges = "povey", False
-    mel.num_bins, mel.low_freq, mel.high_freq = FEATURES, 20.0, -400.0
+    frame.dither, frame.preemph_coeff, frame.remove_dc_offset = 0.0, 0.97, False
+    frame.window_type, frame.snip_edges = "hann", False
+    mel.num_bins, mel.low_freq, mel.high_freq, mel.is_librosa = FEATURES, 0.0, 0.0, True  # 0: to half the rate
     return options
 
 

@@ -17,7 +17,7 @@ from apps.speech.data.parts import Parts, read_parts, spellable
 from apps.speech.data.store import FeatureStore, build_store
 from apps.speech.data.utterance import Corpus
 from apps.speech.distill import Utterances
-from apps.speech.features import TAIL_MS, with_tail
+from apps.speech.features import TAIL_MS, VERSION, with_tail
 from apps.speech.units import Units, train_sentencepiece, train_words
 from apps.speech.views import parse_view
 from kdcore.run import fingerprint, read_json, write_json
@@ -87,9 +87,8 @@ class Prepared:
             if done % 200 == 0 or done == total:
                 self.announce(f"features of view {heard.name}: {done} of {total}")
 
-        name = fingerprint(
-            *(corpus.fingerprint for corpus in corpora), {"view": heard.name, "seed": seed, "tail": TAIL_MS}
-        )
+        how = {"view": heard.name, "seed": seed, "features": [VERSION, TAIL_MS]}
+        name = fingerprint(*(corpus.fingerprint for corpus in corpora), how)
         return build_store(self.folder / "features" / name, name, audio(), count, progress)
 
     def samples(self, parts: str | Sequence[str], view: str, rows: Sequence[int], seed: int = 0) -> list[np.ndarray]:

@@ -16,28 +16,28 @@ def tone(seconds: float, hertz: float = 440.0) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * hertz * time) + noise).astype(np.float32)
 
 
-def mel(hertz: np.ndarray | float) -> np.ndarray:
-    return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
+def hertz_of(mel: np.ndarray) -> np.ndarray:
+    """Slaney's scale: linear to 1000 Hz (15 mel), then 27 mel for each factor of 6.4."""
+    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 def reference(samples: np.ndarray) -> np.ndarray:
-    """Log-mel bins as their definition reads: Povey et al., The Kaldi Speech Recognition Toolkit, 2011."""
+    """Log-mel bins as their definition reads: Slaney, Auditory Toolbox, 1998, on frames as Kaldi takes them."""
     size, shift, points = 400, 160, 512
     count = (len(samples) + shift // 2) // shift
     padded = np.pad(samples.astype(np.float64), size, "symmetric")  # beyond the ends the signal is mirrored
-    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / (size - 1))) ** 0.85
-    edges = np.linspace(mel(20.0), mel(SAMPLE_RATE / 2 - 400), FEATURES + 2)
-    bins = mel(np.arange(points // 2) * SAMPLE_RATE / points)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)  # periodic
+    edges = hertz_of(np.linspace(0, 15 + 27 * np.log(SAMPLE_RATE / 2 / 1000) / np.log(6.4), FEATURES + 2))
+    bins = np.arange(points // 2 + 1) * SAMPLE_RATE / points
     rise = (bins - edges[:-2, None]) / (edges[1:-1, None] - edges[:-2, None])
     fall = (edges[2:, None] - bins) / (edges[2:, None] - edges[1:-1, None])
-    filters = np.maximum(np.minimum(rise, fall), 0.0)
+    filters = np.maximum(np.minimum(rise, fall), 0.0) * (2 / (edges[2:] - edges[:-2]))[:, None]
     rows = []
     for index in range(count):
         start = size + index * shift + shift // 2 - size // 2
         frame = padded[start : start + size]
-        frame = frame - frame.mean()
         frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
-        power = np.abs(np.fft.rfft(frame * window, points))[: points // 2] ** 2
+        power = np.abs(np.fft.rfft(frame * window, points)) ** 2
         rows.append(np.log(np.maximum(filters @ power, np.finfo(np.float32).eps)))
     return np.array(rows)
 

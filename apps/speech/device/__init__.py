@@ -1,0 +1,1 @@
+"""What runs an exported student where people speak: no torch in any of it."""

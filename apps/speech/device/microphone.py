@@ -1,0 +1,94 @@
+"""The microphone as blocks of samples, through the optional package sounddevice (PortAudio). No torch."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from apps.speech.features import SAMPLE_RATE
+from kdcore.config import UserError
+
+BLOCK_SECONDS = 0.08
+# without a block for so long the microphone is taken for gone: drivers do not always say so
+SILENT_SECONDS = 3.0
+# blocks that wait while the recogniser is slower than people speak: a minute
+_WAITING = 750
+_NEEDS = "the microphone needs the package sounddevice: pip install sounddevice"
+
+
+def microphone(
+    device: str | int | None = None, *, block_seconds: float = BLOCK_SECONDS, silent_seconds: float = SILENT_SECONDS
+) -> Iterator[np.ndarray]:
+    """Yield what a microphone hears, float32 [n] at 16 kHz, without end.
+
+    Options: ``device`` is a number or a part of the name, the system's default if None; ``silent_seconds`` without a
+    block end the iteration.
+
+    Raises:
+        UserError: sounddevice or PortAudio is missing, no such microphone, or it disappears; what was heard before has
+            been yielded by then.
+    """
+    sounddevice = _sounddevice()
+    heard: queue.Queue[np.ndarray | None] = queue.Queue(_WAITING)
+    lost = 0
+
+    def take(samples: np.ndarray, frames: int, time: Any, status: Any) -> None:
+        nonlocal lost
+        try:
+            heard.put_nowait(np.array(samples[:, 0], np.float32))
+        except queue.Full:
+            lost += 1
+
+    def stopped() -> None:
+        try:
+            heard.put_nowait(None)
+        except queue.Full:  # the missing blocks say it
+            return
+
+    try:
+        stream = sounddevice.InputStream(
+            samplerate=SAMPLE_RATE,
+            channels=1,
+            dtype="float32",
+            blocksize=round(block_seconds * SAMPLE_RATE),
+            device=device,
+            callback=take,
+            finished_callback=stopped,
+        )
+    except (sounddevice.PortAudioError, ValueError) as error:
+        raise UserError(f"microphone {_named(device)}: cannot be opened at 16 kHz: {_reason(error)}") from None
+    try:
+        with stream:
+            while True:
+                try:
+                    block = heard.get(timeout=silent_seconds)
+                except queue.Empty:
+                    block = None
+                if block is None:
+                    raise UserError(f"microphone {_named(device)}: has gone; what was heard until then is kept")
+                if lost:
+                    raise UserError(f"microphone {_named(device)}: {lost} blocks were lost: the recogniser is too slow")
+                yield block
+    except sounddevice.PortAudioError as error:
+        raise UserError(f"microphone {_named(device)}: {_reason(error)}; what was heard until then is kept") from None
+
+
+def _sounddevice() -> Any:
+    try:
+        import sounddevice
+    except ModuleNotFoundError:
+        raise UserError(_NEEDS) from None
+    except OSError as error:  # the package without the library that it calls
+        raise UserError(f"{_NEEDS} (and PortAudio, as in apt install libportaudio2): {_reason(error)}") from None
+    return sounddevice
+
+
+def _named(device: str | int | None) -> str:
+    return "(the default one)" if device is None else repr(device)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,383 @@
+"""The streaming student as others can run it: a folder for sherpa-onnx and our own runtime, proved and described.
+
+``apps.speech.device.folder`` reads what is written here; neither needs the other's machine, nor torch to read it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.speech.alignment import align
+from apps.speech.card import Card, ModelFile, RunFacts, render, run_facts
+from apps.speech.decode.confidence import Calibration
+from apps.speech.decode.greedy import greedy
+from apps.speech.device.folder import (
+    ABOUT,
+    BLANK,
+    CARD,
+    CLIP,
+    FORMAT,
+    INPUTS,
+    INT8_MODEL,
+    MODEL,
+    MODELS,
+    OUTPUTS,
+    TOKENS,
+    is_export,
+    sha256,
+)
+from apps.speech.device.folder_check import Listener
+from apps.speech.device.spelling import Symbols
+from apps.speech.features import FEATURES, SAMPLE_RATE, SILENCE, fbank, with_tail
+from apps.speech.models import StreamingModel
+from apps.speech.models.base import FRAME_MS, SUBSAMPLING
+from apps.speech.models.store import load_model
+from apps.speech.onnx_step import OnnxStep, inputs_of, windows
+from apps.speech.pipeline import Pipeline
+from apps.speech.units import Units
+from apps.speech.views import parse_view
+from kdcore.config import UserError
+from kdcore.onnx_export import ParityError, check_parity, quantise_onnx, trace_onnx
+from kdcore.run import read_json, write_json, write_text
+
+# of log-probabilities, between onnxruntime and PyTorch and between a stream and the whole
+_TOLERANCE = 1e-4
+# utterances on which that is proved, and their feature frames at most
+_PROVED, _LONGEST = 3, 1000
+# utterances that both models transcribe
+_MOST_CLIPS = 1000
+# seconds of a clip that is not too short to say something nor too long to ship
+_CLIP_SECONDS = (1.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A recording for the proof: samples float32 [n] at 16 kHz, and its normalised text where there is one."""
+
+    name: str
+    samples: np.ndarray
+    text: str | None = None
+
+
+def export(run: Path, role: str, out: Path, *, name: str | None = None, licence: str | None = None) -> Path:
+    """Write the deployed student of a finished run to ``out`` and return it; the folder appears whole or not at all.
+
+    Files: ``model.onnx`` and ``model.int8.onnx``, ``tokens.txt``, ``self_test.wav`` (a recording of the test part),
+    ``README.md`` (the model card), ``kdsuite.json``. The same run gives the same bytes. An earlier export in ``out`` is
+    replaced, anything else there is refused.
+
+    Options:
+        role: ``student`` or ``student_alone``.
+        name: of the model; that of the run's folder otherwise.
+        licence: of the data, for the card; what is stated beside the recordings otherwise.
+
+    Raises:
+        UserError: an unfinished run, a model that does not stream, or ``out`` holds something else.
+        ParityError: onnxruntime does not answer as PyTorch does.
+    """
+    _check_target(out)
+    pipeline = Pipeline.reopen(run)
+    model, units = load_model(run / role)
+    if not isinstance(model, StreamingModel):
+        raise UserError(
+            f"{run / role}: {model.label()} hears whole utterances; wanted --model student or student_alone"
+        )
+    facts = run_facts(pipeline, role, licence)
+    file = run / role / "calibration.json"
+    calibration = Calibration(**read_json(file)) if file.exists() else None
+    decode = _decoding(pipeline, role, facts.seed)
+    clips, name = _clips(pipeline), name or run.name
+    export_model(model, units, out, clips, name, calibration=calibration, decode=decode, run=facts)
+    return out
+
+
+def export_model(
+    model: StreamingModel,
+    units: Units,
+    out: Path,
+    clips: Iterable[Clip],
+    name: str,
+    *,
+    calibration: Calibration | None = None,
+    decode: Mapping[str, Any] | None = None,
+    run: RunFacts | None = None,
+) -> None:
+    """Write any streaming model as ``export`` does.
+
+    Options:
+        clips: recordings on which parity is proved and both models are compared, the first thousand; one of them
+            becomes the self-test.
+        calibration: what makes confidences probabilities.
+        decode: settings of use in decoding, as they are stored.
+        run: what the card says of data, training and accuracy.
+
+    Raises:
+        UserError, ParityError: as ``export``.
+        ValueError: no clip.
+    """
+    _check_target(out)
+    model.eval()
+    with _replacing(out) as folder:
+        step = OnnxStep(model)
+        _write_models(step, len(units.symbols), folder)
+        write_text(folder / TOKENS, "".join(f"{each} {at}\n" for at, each in enumerate((*units.symbols, BLANK))))
+        given = iter(clips)
+        first = list(islice(given, _PROVED))
+        if not first:
+            raise ValueError("clips: got none, wanted at least one")
+        parity = prove(model, step, folder / MODEL, [_features(clip)[:_LONGEST] for clip in first])
+        compared = _compare(folder, step.window, units, _chain(first, given))
+        _write_clip(folder / CLIP, compared.samples)
+        card = Card(
+            name=name,
+            kind=model.kind,
+            parameters=model.parameter_count(),
+            units=_units(units),
+            symbols=len(units.symbols),
+            chunk_ms=model.chunk_frames * FRAME_MS,
+            look_ahead_ms=model.look_ahead_ms,
+            parity=parity,
+            models=compared.files,
+            clip=f"recording {compared.name}",
+            clip_text=compared.texts[MODEL],
+            run=run,
+        )
+        write_text(folder / CARD, render(card))
+        about = {**_about(card, calibration), "decode": dict(decode or {})}
+        about |= {"self_test": {"audio": CLIP, "text": compared.texts}, "files": _checksums(folder)}
+        write_json(folder / ABOUT, about)
+
+
+def _about(card: Card, calibration: Calibration | None) -> dict[str, Any]:
+    """Return what ``kdsuite.json`` says of the model."""
+    frames = card.chunk_ms // FRAME_MS * SUBSAMPLING
+    return {
+        "format": FORMAT,
+        **{name: getattr(card, name) for name in ("name", "kind", "parameters", "units")},
+        "sample_rate": SAMPLE_RATE,
+        "window_size": frames,
+        "chunk_shift": frames,
+        "subsampling_factor": SUBSAMPLING,
+        "chunk_ms": card.chunk_ms,
+        "look_ahead_ms": card.look_ahead_ms,
+        "confidence": {"slope": calibration.scale, "offset": calibration.offset} if calibration else None,
+    }
+
+
+@torch.no_grad()
+def prove(model: StreamingModel, step: OnnxStep, path: Path, features: Sequence[np.ndarray]) -> float:
+    """Return the largest difference of log-probabilities between onnxruntime, streaming, and PyTorch hearing the whole.
+
+    Each step is compared as well, states included, for one stream and for all [T, 80] of them at once.
+
+    Raises:
+        ParityError: a difference above 1e-4, or a value that is not finite.
+    """
+    worst = 0.0
+    listener = Listener(path, step.window)
+    for given in ([features[0]], [features[place % len(features)] for place in range(3)]):
+        utterances = [torch.from_numpy(each) for each in given]
+        batches = list(_steps(step, utterances))
+        worst = max(worst, check_parity(step, path, batches, outputs=list(OUTPUTS), tolerance=_TOLERANCE))
+        caches: list[np.ndarray] = listener.start(len(given))
+        parts = []
+        for batch in batches:
+            log_probs, _, *caches = listener.step(batch[INPUTS[0]].numpy().transpose(0, 2, 1), caches)
+            parts.append(log_probs)
+        heard = torch.from_numpy(np.concatenate(parts, axis=1))
+        for row, each in zip(heard, utterances, strict=True):
+            whole = torch.log_softmax(model(each[None], torch.tensor([len(each)])), 2)[0]
+            difference = float((row[: len(whole)] - whole).abs().max())
+            if not difference <= _TOLERANCE:
+                raise ParityError(
+                    f"{path}: a stream differs from PyTorch on the whole utterance by {difference:.3g}, "
+                    f"wanted at most {_TOLERANCE}"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def _steps(step: OnnxStep, features: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the inputs of each step of some utterances, the caches those that PyTorch gives."""
+    caches: Sequence[Tensor] = step.start(len(features))
+    for window in windows(step, features):
+        batch = inputs_of(window, caches)
+        yield batch
+        caches = step(*batch.values())[2:]
+
+
+def _write_models(step: OnnxStep, vocabulary: int, folder: Path) -> None:
+    window = torch.full((2, FEATURES, step.window), SILENCE)
+    varies = {0: "N"}
+    trace_onnx(
+        step,
+        list(inputs_of(window, step.start(2)).values()),
+        folder / MODEL,
+        inputs=dict.fromkeys(INPUTS, varies),
+        outputs=dict.fromkeys(OUTPUTS, varies),
+        metadata=step.metadata(vocabulary),
+    )
+    quantise_onnx(folder / MODEL, folder / INT8_MODEL)
+
+
+@dataclass
+class _Compared:
+    """What both models hear in the clips, and the clip that becomes the self-test."""
+
+    files: tuple[ModelFile, ...] = ()
+    name: str = ""
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def _compare(folder: Path, window: int, units: Units, clips: Iterable[Clip]) -> _Compared:
+    """Return the texts' agreement and error rates, and the clip on whose text both models agree most surely."""
+    listeners = {name: Listener(folder / name, window) for name in MODELS}
+    symbols, found = Symbols(units.symbols), _Compared()
+    heard: dict[str, list[str]] = {name: [] for name in MODELS}
+    references: list[str | None] = []
+    best = (-1, -1.0)
+    for clip in clips:
+        # as the file will have it
+        clip = replace(clip, samples=_as_stored(clip.samples))
+        features, least = _features(clip), 1.0
+        for name, listener in listeners.items():
+            said = greedy(listener.hear(features))
+            heard[name].append(symbols.decode(said.ids))
+            least = min([least, *said.probabilities])
+        references.append(clip.text)
+        texts = {name: heard[name][-1] for name in MODELS}
+        seconds = len(clip.samples) / SAMPLE_RATE
+        fits = _CLIP_SECONDS[0] <= seconds <= _CLIP_SECONDS[1]
+        agreed = bool(texts[MODEL]) and len(set(texts.values())) == 1
+        if (rank := (2 * agreed + fits, least)) > best:
+            best, found.name, found.samples, found.texts = rank, clip.name, clip.samples, texts
+    found.files = tuple(
+        ModelFile(
+            name=name,
+            bytes=(folder / name).stat().st_size,
+            clips=len(references),
+            same=sum(a == b for a, b in zip(heard[name], heard[MODEL], strict=True)),
+            wer=_word_error_rate(references, heard[name]),
+        )
+        for name in MODELS
+    )
+    return found
+
+
+def _word_error_rate(references: Sequence[str | None], heard: Sequence[str]) -> float | None:
+    """Return errors over words of the clips that have a text; None where none has a word."""
+    pairs = [(reference, text) for reference, text in zip(references, heard, strict=True) if reference is not None]
+    words = sum(len(reference.split()) for reference, _ in pairs)
+    if not words:
+        return None
+    alignments = align([reference for reference, _ in pairs], [text for _, text in pairs])
+    return sum(sum(each.counts) for each in alignments) / words
+
+
+def _features(clip: Clip) -> np.ndarray:
+    return fbank(with_tail(clip.samples))
+
+
+def _as_stored(samples: np.ndarray) -> np.ndarray:
+    """Return samples as 16 bits hold them."""
+    return (_sixteen_bits(samples) / np.float32(1 << 15)).astype(np.float32)
+
+
+def _sixteen_bits(samples: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(samples * (1 << 15)), -(1 << 15), (1 << 15) - 1).astype("<i2")
+
+
+def _write_clip(path: Path, samples: np.ndarray) -> None:
+    import soundfile
+
+    soundfile.write(os.fspath(path), _sixteen_bits(samples), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+
+
+def _chain(first: Sequence[Clip], rest: Iterator[Clip]) -> Iterator[Clip]:
+    yield from first
+    yield from islice(rest, _MOST_CLIPS - len(first))
+
+
+def _clips(pipeline: Pipeline) -> Iterator[Clip]:
+    """Yield the recordings of a run's test part, as its models were tested on them."""
+    corpus, rules = pipeline.prepared.corpora["test"], pipeline.config.data.text
+    heard = parse_view(pipeline.config.test_view)
+    for each in corpus.utterances:
+        text = None if each.text is None else rules.normalise(each.text)
+        yield Clip(each.id, heard.apply(corpus.load(each), each.id, 0), text)
+
+
+def _decoding(pipeline: Pipeline, role: str, seed: int | None) -> dict[str, Any]:
+    """Return how the run decoded, and the weights it chose for this model on validation."""
+    decode = pipeline.config.decode
+    found: dict[str, Any] = {"beam": decode.beam, "order": decode.order}
+    rows = [row for row in pipeline.run.read_metrics() if row["role"] == role and row["seed"] == seed]
+    weights = next((row["lm_weights"] for row in rows if row.get("lm_weights")), None)
+    return found | (dict(zip(("lm_weight", "word_score"), weights, strict=True)) if weights else {})
+
+
+def _units(units: Units) -> str:
+    return "characters" if units.model is None else "pieces"
+
+
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.iterdir())
+        if file.name != ABOUT
+    }
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file, wanted a folder to write to")
+    if out.is_dir() and any(out.iterdir()) and not is_export(out):
+        raise UserError(f"--out: {out} holds files that no export wrote; name another folder or empty it")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``out`` at the end, on disk; an export there gives way only then."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, aside = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        _check_target(out)  # again: this may have taken minutes
+        # a rename onto a folder that is not empty fails, so the earlier export steps aside
+        if out.exists():
+            os.replace(out, aside)
+        try:
+            os.replace(temporary, out)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, out)
+            raise
+        _flush(out.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apps.speech.device.microphone import microphone
+from kdcore.config import UserError
+
+
+class PortAudioError(Exception):
+    pass
+
+
+class Fake(ModuleType):
+    """What sounddevice does as far as the microphone needs it: a thread that calls back with blocks."""
+
+    PortAudioError = PortAudioError
+
+    def __init__(self, blocks: int, *, ends: str = "finished", refuse: str | None = None) -> None:
+        super().__init__("sounddevice")
+        self.blocks, self.ends, self.refuse = blocks, ends, refuse
+        self.opened: dict[str, Any] = {}
+        self.closed = False
+        self.streams: list[FakeStream] = []
+
+    def InputStream(self, **options: Any) -> FakeStream:
+        if self.refuse:
+            raise PortAudioError(self.refuse)
+        self.opened = options
+        self.streams.append(FakeStream(self, options["callback"], options["finished_callback"], options["blocksize"]))
+        return self.streams[-1]
+
+
+class FakeStream:
+    def __init__(self, fake: Fake, callback: Callable[..., None], finished: Callable[[], None], size: int) -> None:
+        self.fake, self.callback, self.finished, self.size = fake, callback, finished, size
+
+    def __enter__(self) -> None:
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.join()
+        self.fake.closed = True
+        if self.fake.ends == "raises":
+            raise PortAudioError("Unanticipated host error [-9999]")
+
+    def run(self) -> None:
+        buffer = np.zeros((self.size, 1), np.float32)
+        for number in range(self.fake.blocks):
+            buffer[:] = number  # PortAudio uses its buffer again
+            self.callback(buffer, self.size, None, None)
+        if self.fake.ends == "finished":
+            self.finished()
+
+
+def test_blocks_come_in_order_and_a_lost_microphone_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(5)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    heard = []
+    with pytest.raises(UserError, match=r"microphone 'usb': has gone; what was heard until then is kept"):
+        for block in microphone("usb"):
+            heard.append(block)
+    assert [block[0] for block in heard] == [0, 1, 2, 3, 4]
+    assert all(block.dtype == np.float32 and block.shape == (1280,) for block in heard)
+    assert (fake.opened["samplerate"], fake.opened["channels"], fake.opened["device"]) == (16_000, 1, "usb")
+    assert fake.closed
+
+
+@pytest.mark.parametrize("ends", ["silent", "raises"])
+def test_a_microphone_that_only_falls_silent_or_fails_to_close(monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", Fake(2, ends=ends))
+    heard = []
+    with pytest.raises(UserError, match="what was heard until then is kept"):
+        for block in microphone(silent_seconds=0.05):
+            heard.append(block)
+    assert len(heard) == 2
+
+
+def test_closing_the_iteration_closes_the_microphone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(3)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    blocks = microphone()
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    assert fake.closed
+
+
+def test_a_recogniser_that_is_too_slow_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(2000, ends="silent")
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+
+    def slowly() -> None:
+        blocks = microphone(silent_seconds=0.05)
+        next(blocks)
+        fake.streams[0].thread.join()
+        for _ in blocks:
+            continue
+
+    with pytest.raises(UserError, match="blocks were lost"):
+        slowly()
+
+
+def test_a_missing_package_and_a_missing_microphone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(UserError, match="pip install sounddevice"):
+        next(microphone())
+    monkeypatch.setitem(sys.modules, "sounddevice", Fake(0, refuse="Error querying device -1"))
+    with pytest.raises(UserError, match=r"the default one\): cannot be opened at 16 kHz: Error querying device -1"):
+        next(microphone())
