@@ -1,6 +1,6 @@
 """Audio of any rate, width and channel count, read as 16 kHz mono in [-1, 1]; whole, a part, or block by block.
 
-Files are decoded by libsndfile and resampled by a polyphase filter, both as a stream: memory does not grow with the
+Files are decoded by libsndfile and resampled by soxr, both as a stream: memory does not grow with the
 file. A file that is damaged is refused with its name and the reason; one that is merely bad (silent, clipped, offset)
 is read, and ``examine`` says what is wrong with it. No torch.
 """
@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,8 +34,6 @@ _LOUDEST = 8.0  # a float file beyond that does not hold samples in [-1, 1]
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's word for a stream without a length
 _PLACEHOLDER = 0x7FFF0000  # the size that a program which writes to a pipe puts in a header
 _SHORT = re.compile(r"^\s*(?:data|SSND|Data [Ss]ize|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-# the filter of the resampler: zero crossings on each side, cutoff over the lower Nyquist frequency, 80 dB
-_CROSSINGS, _CUTOFF, _BETA = 64, 0.96, 7.857
 
 
 @dataclass(frozen=True)
@@ -106,14 +103,34 @@ def blocks(path: PathLike, seconds: float, *, channel: int | str = "mix") -> Ite
 
 
 def resample(samples: np.ndarray, up: int, down: int) -> np.ndarray:
-    """Return samples float32 [ceil(n * up / down)] at ``up / down`` times the rate; what exceeds the band is removed.
-
-    A windowed-sinc polyphase filter: flat to 92 % of the lower Nyquist frequency, 80 dB down above it, no delay.
-    """
+    """Return samples float32 [n * up / down, rounded] at ``up / down`` times the rate, without a delay."""
     if samples.ndim != 1 or samples.dtype != np.float32:
         raise ValueError(f"samples: wanted float32 [n], got {samples.dtype} {samples.shape}")
-    pieces = list(_resampled(iter([samples]), up, down))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    resampler = Resampler(down, up)
+    return np.concatenate([resampler.accept(samples), resampler.finish()])
+
+
+class Resampler:
+    """Samples of a stream at another rate, by soxr: flat to 91 % of the lower Nyquist frequency, nothing above it.
+
+    What comes out does not depend on how the stream is cut.
+    """
+
+    def __init__(self, rate: int, to: int = SAMPLE_RATE) -> None:
+        import soxr
+
+        self._stream = soxr.ResampleStream(rate, to, 1, dtype="float32", quality="HQ") if rate != to else None
+
+    def accept(self, samples: np.ndarray) -> np.ndarray:
+        """Take samples float32 [n] and return those float32 [m] that are complete now."""
+        return self._made(samples, last=False)
+
+    def finish(self) -> np.ndarray:
+        """End the stream and return the rest."""
+        return self._made(np.zeros(0, np.float32), last=True)
+
+    def _made(self, samples: np.ndarray, last: bool) -> np.ndarray:
+        return samples if self._stream is None else self._stream.resample_chunk(samples, last=last)
 
 
 def examine(samples: np.ndarray) -> list[str]:
@@ -222,13 +239,11 @@ def _read(
 def _stream(handle: soundfile.SoundFile, name: str, channel: int | str, limit: int | None) -> Iterator[np.ndarray]:
     """Yield pieces at 16 kHz, clipped to [-1, 1]."""
     number = _channel_number(handle, name, channel)
-    common = math.gcd(SAMPLE_RATE, handle.samplerate)
-    mono = (
-        block.mean(axis=1, dtype=np.float32) if number is None else np.ascontiguousarray(block[:, number])
-        for block in _decoded(handle, name, limit)
-    )
-    for piece in _resampled(mono, SAMPLE_RATE // common, handle.samplerate // common):
-        yield np.clip(piece, -1.0, 1.0)
+    resampler = Resampler(handle.samplerate)
+    for block in _decoded(handle, name, limit):
+        mono = block.mean(axis=1, dtype=np.float32) if number is None else np.ascontiguousarray(block[:, number])
+        yield np.clip(resampler.accept(mono), -1.0, 1.0)
+    yield np.clip(resampler.finish(), -1.0, 1.0)
 
 
 def _channel_number(handle: soundfile.SoundFile, name: str, channel: int | str) -> int | None:
@@ -270,38 +285,3 @@ def _check_values(block: np.ndarray, start: float, name: str) -> None:
     peak = float(np.abs(block).max())
     if peak > _LOUDEST:
         raise UserError(f"{name}: has samples up to {peak:g}; float audio must be in [-1, 1]")
-
-
-@lru_cache(maxsize=16)
-def _filter(up: int, down: int) -> np.ndarray:
-    from scipy.signal import firwin
-
-    most = max(up, down)
-    return firwin(2 * _CROSSINGS * most + 1, _CUTOFF / most, window=("kaiser", _BETA)).astype(np.float32)
-
-
-def _resampled(pieces: Iterator[np.ndarray], up: int, down: int) -> Iterator[np.ndarray]:
-    """Resample a stream of float32 pieces: each is filtered with what surrounds it, so the cuts leave no trace."""
-    common = math.gcd(up, down)
-    up, down = up // common, down // common
-    if up == down:
-        yield from pieces
-        return
-    from scipy.signal import resample_poly
-
-    taps = _filter(up, down)
-    # samples that the filter sees on each side, in whole groups of `down`, which give whole groups of `up`
-    context = -(-(len(taps) // 2) // (up * down)) * down
-    edge = context // down * up
-    kept = np.zeros(context, np.float32)
-    for piece in pieces:
-        kept = np.concatenate([kept, piece])
-        ready = (len(kept) - 2 * context) // down * down
-        if ready > 0:
-            made = resample_poly(kept[: ready + 2 * context], up, down, window=taps)
-            yield made[edge : edge + ready // down * up]
-            kept = kept[ready:]
-    rest = len(kept) - context
-    if rest > 0:
-        made = resample_poly(np.concatenate([kept, np.zeros(context, np.float32)]), up, down, window=taps)
-        yield made[edge : edge + -(-rest * up // down)]
