@@ -26,6 +26,10 @@ bench: $(STAMP)
 	$(BIN)/kd recsys bench teachers --json benchmarks/results/recsys_teachers.json
 	$(BIN)/kd recsys bench serve --json benchmarks/results/recsys_serve.json
 	$(BIN)/kd recsys bench evaluate --json benchmarks/results/recsys_evaluate.json
+	$(BIN)/kd speech bench quality --json benchmarks/results/speech_quality.json
+	$(BIN)/kd speech bench train --json benchmarks/results/speech_train.json
+	$(BIN)/kd speech bench digits --json benchmarks/results/speech_digits.json
+	$(BIN)/kd speech bench noise --json benchmarks/results/speech_noise.json
 	$(BIN)/kd bench losses --json benchmarks/results/losses.json
 	$(BIN)/python benchmarks/knowledge_forms.py --json benchmarks/results/knowledge_forms.json
 	$(BIN)/python -m benchmarks.readme
