@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apps.speech import serve_cli
 from apps.speech.device import transcribe_cli
 from kdcore import processes
 from kdcore.command_line import Parser, example, integers, split_overrides, unknown_argument
@@ -44,6 +45,7 @@ def main(words: Sequence[str]) -> int:
         _add_stage(verbs, verb, what)
     _add_export(verbs)
     transcribe_cli.add_transcribe(verbs)
+    serve_cli.add_serve(verbs)
     _add_check(verbs)
     _add_shards(verbs)
     _add_lm(verbs)
@@ -338,6 +340,7 @@ def demo(folder: Path) -> None:
 _VERBS = {
     "export": _export,
     "transcribe": transcribe_cli.run_transcribe,
+    "serve": serve_cli.run_serve,
     "check": _check,
     "shards": _shards,
     "lm": _lm,

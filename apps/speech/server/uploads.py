@@ -1,0 +1,332 @@
+"""``POST /v1/audio/transcriptions`` as the OpenAI API has it: a form with a file in, its words out. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from apps.speech.audio import blocks
+from apps.speech.device.subtitles import cues, srt, vtt
+from apps.speech.server.multipart import FormError, FormReader, Part, boundary_of
+from apps.speech.server.settings import ServeSettings, ServiceError
+from apps.speech.server.sources import source
+from kdcore.config import UserError, nearest
+
+if TYPE_CHECKING:
+    from apps.speech.device.endpointing import Segment
+    from apps.speech.runtime import Recognizer
+
+FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
+GRANULARITIES = ("word", "segment")
+_BLOCK_SECONDS = 1.0
+_MOST_FIELDS, _MOST_VALUE = 64, 1 << 14
+_PLAIN = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
+
+
+@dataclass
+class Form:
+    """What was asked for; ``path`` holds the file, ``filename`` is its name at the client, for messages."""
+
+    path: Path
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    filename: str | None = None
+
+    def one(self, name: str, otherwise: str) -> str:
+        """Return the value of a field that may stand once; ServiceError where it stands twice."""
+        values = self.fields.get(name, [otherwise])
+        if len(values) > 1:
+            raise ServiceError(422, "invalid", f"{name}: is given {len(values)} times", name)
+        return values[0]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How an answer is written."""
+
+    form: str
+    granularities: frozenset[str]
+    language: str
+
+    @classmethod
+    def of(cls, form: Form) -> Wanted:
+        """Return what a form asks for; ServiceError for what there is not."""
+        chosen = form.one("response_format", "json")
+        if chosen not in FORMATS:
+            hint = nearest(chosen[:40], FORMATS)
+            raise ServiceError(422, "invalid", f"response_format: got {chosen[:40]!r}: {hint}", "response_format")
+        given = form.fields.get("timestamp_granularities[]", form.fields.get("timestamp_granularities", []))
+        for each in given:
+            if each not in GRANULARITIES:
+                message = f"timestamp_granularities: got {each[:40]!r}, wanted {' or '.join(GRANULARITIES)}"
+                raise ServiceError(422, "invalid", message, "timestamp_granularities")
+        if given and chosen != "verbose_json":
+            message = "timestamp_granularities: are for response_format=verbose_json"
+            raise ServiceError(422, "invalid", message, "timestamp_granularities")
+        if form.one("stream", "false").lower() not in ("false", "0", ""):
+            raise ServiceError(
+                422, "invalid", "stream: is not offered here; /v1/listen answers as words come", "stream"
+            )
+        return cls(chosen, frozenset(given or ["segment"]), form.one("language", "")[:40])
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was said: segments, and the length of the audio in seconds."""
+
+    segments: tuple[Segment, ...]
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join(segment.text for segment in self.segments)
+
+    def response(self, wanted: Wanted) -> Response:
+        """Return the answer in the form that is wanted."""
+        words = [word for segment in self.segments for word in segment.words]
+        if wanted.form in _PLAIN:
+            write = {"srt": srt, "vtt": vtt}.get(wanted.form)
+            text = "".join(write(cues(words))) if write else self.text + "\n"
+            return Response(text, media_type=_PLAIN[wanted.form])
+        content: dict[str, Any] = {"text": self.text}
+        if wanted.form == "verbose_json":
+            content |= {"task": "transcribe", "language": wanted.language, "duration": round(self.seconds, 3)}
+            if "word" in wanted.granularities:
+                content["words"] = words
+            if "segment" in wanted.granularities:
+                content["segments"] = [_segment(*each) for each in enumerate(self.segments)]
+        return Response(json.dumps(content, ensure_ascii=False), media_type="application/json")
+
+
+def _segment(number: int, segment: Segment) -> dict[str, Any]:
+    """Return a segment as the OpenAI API has it; what this model has no word for is at rest."""
+    confidence = [math.log(max(word["confidence"], 1e-6)) for word in segment.words]
+    data = segment.text.encode()
+    return {
+        "id": number,
+        "seek": 0,
+        "start": segment.start,
+        "end": segment.end,
+        "text": segment.text,
+        "tokens": [],
+        "temperature": 0.0,
+        "avg_logprob": round(sum(confidence) / len(confidence), 4),
+        "compression_ratio": round(len(data) / len(zlib.compress(data)), 4),
+        "no_speech_prob": 0.0,
+    }
+
+
+class Uploads:
+    """Files that clients send: so many are transcribed at once, so many more may wait."""
+
+    def __init__(self, recognizer: Recognizer, settings: ServeSettings) -> None:
+        self._recognizer, self._settings = recognizer, settings
+        self._pool = ThreadPoolExecutor(settings.jobs, "uploads")
+        self.waiting = 0
+
+    def close(self) -> None:
+        """End the threads once they have finished."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def answer(self, request: Request) -> Response:
+        """Return the answer to one request.
+
+        Raises:
+            ServiceError: what is wrong with it, or too many are waiting.
+            ClientDisconnect: nobody waits for the answer any more.
+        """
+        settings = self._settings
+        if self.waiting >= settings.jobs + settings.max_waiting:
+            message = f"{self.waiting} files are waiting already"
+            raise ServiceError(503, "overloaded", message, headers={"retry-after": "5", "connection": "close"})
+        self.waiting += 1
+        try:
+            with tempfile.TemporaryDirectory(prefix="kd-upload-") as folder:
+                form = await read_form(request, Path(folder) / "audio", settings)
+                wanted = Wanted.of(form)
+                if form.filename is None:
+                    raise ServiceError(422, "invalid", "file: is missing", "file")
+                return (await self._heard(request, form)).response(wanted)
+        finally:
+            self.waiting -= 1
+
+    async def _heard(self, request: Request, form: Form) -> Heard:
+        """Transcribe in a thread; stop if the client goes away."""
+        left = threading.Event()
+        loop = asyncio.get_running_loop()
+        name = _shown(form.filename or "")
+        work = loop.run_in_executor(
+            self._pool, transcribe, self._recognizer, form.path, name, self._settings.max_seconds, left
+        )
+        gone = asyncio.create_task(_gone(request))
+        try:
+            both: list[asyncio.Future[Any]] = [work, gone]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            left.set()
+            heard = await work  # the file may go only when nobody reads it
+        finally:
+            left.set()
+            gone.cancel()
+        if heard is None:
+            raise ClientDisconnect
+        return heard
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _shown(name: str) -> str:
+    """Return the name of a client's file as messages may have it."""
+    return "".join(sign if sign.isprintable() else "?" for sign in os.path.basename(name)[:80]) or "file"
+
+
+def transcribe(
+    recognizer: Recognizer, path: Path, name: str, max_seconds: float, left: threading.Event
+) -> Heard | None:
+    """Return what is said in a file, block by block; None once ``left`` is set. ServiceError for what is no audio."""
+    stream = recognizer.stream()
+    segments: list[Segment] = []
+    try:
+        for block in _samples(path):
+            if left.is_set():
+                return None
+            if stream.seconds + len(block) / 16_000 > max_seconds:
+                raise ServiceError(413, "too_long", f"{name}: wanted at most {max_seconds:g} s of audio", "file")
+            segments += stream.accept(block).final
+    except UserError as error:
+        message = str(error).replace(os.fspath(path), name)
+        message = f"{name}{message[5:]}" if message.startswith("audio:") else message
+        raise ServiceError(422, "unreadable", message, "file") from None
+    segments += stream.finish().final
+    return Heard(tuple(segments), stream.seconds)
+
+
+def _samples(path: Path) -> Iterator[np.ndarray]:
+    """Yield the samples of a file: WebM, or whatever libsndfile reads."""
+    with open(path, "rb") as handle:
+        if handle.read(4) == b"\x1a\x45\xdf\xa3":
+            handle.seek(0)
+            yield from _webm(handle)
+            return
+    yield from blocks(path, _BLOCK_SECONDS)
+
+
+def _webm(handle: BinaryIO) -> Iterator[np.ndarray]:
+    reader = source("webm")
+    count = 0
+    while True:
+        data = handle.read(reader.portion)
+        if data:
+            reader.feed(data)
+        else:
+            reader.end()
+        while (samples := reader.read()) is not None:
+            count += len(samples)
+            yield samples
+        if not data:
+            break
+    if reader.torn:
+        raise UserError(f"audio: is truncated: it ends within {reader.torn}")
+    if not count:
+        raise UserError("audio: has no samples")
+
+
+async def read_form(request: Request, path: Path, settings: ServeSettings) -> Form:
+    """Write the file of a form to ``path`` as it comes and return the rest.
+
+    Raises:
+        ServiceError: no such form, too large, or it does not arrive.
+        ClientDisconnect: the client has gone.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
+        raise ServiceError(415, "unsupported_media_type", "wanted content-type: multipart/form-data")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > settings.max_upload:
+        raise _too_large(settings)
+    form, size = Form(path), 0
+    try:
+        reader = FormReader(boundary_of(kind))
+        with open(path, "wb") as handle:
+            filler = _Filler(form, handle)
+            chunks = request.stream().__aiter__()
+            while (data := await _next(chunks, settings.receive_seconds)) is not None:
+                size += len(data)
+                if size > settings.max_upload:
+                    raise _too_large(settings)
+                for found in reader.feed(data):
+                    filler.take(found)
+            filler.finish()
+        if not reader.finished:
+            raise FormError("the form is cut off before its last boundary")
+    except FormError as error:
+        raise ServiceError(400, "bad_form", str(error), headers={"connection": "close"}) from None
+    except OSError as error:
+        raise ServiceError(507, "no_room", f"the file cannot be kept: {error.strerror}") from None
+    return form
+
+
+async def _next(chunks: Any, seconds: float) -> bytes | None:
+    try:
+        return await asyncio.wait_for(anext(chunks), seconds)
+    except StopAsyncIteration:
+        return None
+    except TimeoutError:
+        raise ServiceError(408, "timeout", "the form did not arrive", headers={"connection": "close"}) from None
+
+
+def _too_large(settings: ServeSettings) -> ServiceError:
+    message = f"wanted at most {settings.max_upload} bytes"
+    return ServiceError(413, "too_large", message, headers={"connection": "close"})
+
+
+class _Filler:
+    """Puts the parts of a form where they belong."""
+
+    def __init__(self, form: Form, handle: BinaryIO) -> None:
+        self._form, self._handle = form, handle
+        self._part: Part | None = None
+        self._value = b""
+        self._count = 0
+
+    def take(self, found: Part | bytes) -> None:
+        """Take the next piece."""
+        if isinstance(found, Part):
+            self.finish()
+            self._part, self._value = found, b""
+            self._count += 1
+            if self._count > _MOST_FIELDS:
+                raise FormError(f"more than {_MOST_FIELDS} fields")
+            if found.name == "file":
+                if self._form.filename is not None or found.filename is None:
+                    what = "is no file (it has no filename)" if found.filename is None else "is given twice"
+                    raise ServiceError(422, "invalid", f"file: {what}", "file", {"connection": "close"})
+                self._form.filename = found.filename
+        elif self._part and self._part.name == "file":
+            self._handle.write(found)
+        else:
+            self._value += found
+            if len(self._value) > _MOST_VALUE:
+                raise FormError(f"a field of more than {_MOST_VALUE} bytes")
+
+    def finish(self) -> None:
+        """The part is complete."""
+        if self._part and self._part.name != "file":
+            self._form.fields.setdefault(self._part.name, []).append(self._value.decode("utf-8", "replace"))
+        self._part = None
