@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from apps.recsys.scorers import EaseScorer, SasrecEncoder, SasrecScorer, VectorS
 from apps.recsys.segments import write_segments
 from kdcore import __version__
 from kdcore.config import UserError, read_yaml
+from kdcore.folders import check_target, replacing
 from kdcore.onnx_export import check_parity, export_onnx
 from kdcore.progress import stderr_console
 from kdcore.run import fingerprint, read_json, write_json
@@ -60,14 +58,14 @@ def export(run: Path, role: str, out: Path) -> Path:
         UserError: an unfinished run, a model without one scorer (an ensemble), or ``out`` holds something else.
         kdcore.onnx_export.ParityError: onnxruntime does not answer as PyTorch does.
     """
-    _check_target(out)
+    check_target(out, is_export)
     dataset, model = open_run(run, role)
     if not isinstance(model, DotRecommender | Ease):
         raise UserError(
             f"{run / role}: {model.label()} ({model.kind}) is several models, which export cannot write as one; "
             "wanted --model student or student_alone, or a teacher of kind ease, ials, lightgcn, mf or sasrec"
         )
-    with _replacing(out) as folder:
+    with replacing(out, is_export) as folder:
         histories = all_histories(dataset)
         _write_ids(folder / "users.json", dataset.user_ids)
         _write_ids(folder / "items.json", dataset.item_ids)
@@ -85,13 +83,6 @@ def export(run: Path, role: str, out: Path) -> Path:
     return out
 
 
-def _check_target(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not is_export(out):
-        raise UserError(f"--out: {out} holds files that no export wrote; name another folder or empty it")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file, wanted a folder to write to")
-
-
 def is_export(folder: Path) -> bool:
     """Return whether a folder is one that ``export`` wrote."""
     try:
@@ -99,31 +90,6 @@ def is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(about, dict) and str(about.get("format", "")).partition("/")[0] == FORMAT.partition("/")[0]
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``out`` at the end; an export there gives way only then."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _check_target(out)  # again: this may have taken minutes
-        # a rename onto a folder that is not empty fails, so the earlier export steps aside
-        if out.exists():
-            os.replace(out, aside)
-        try:
-            os.replace(temporary, out)
-        except OSError:
-            if aside.exists():
-                os.replace(aside, out)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_ids(path: Path, ids: pa.Array, block: int = 1 << 16) -> None:

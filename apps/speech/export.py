@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -48,6 +46,7 @@ from apps.speech.pipeline import Pipeline
 from apps.speech.units import Units
 from apps.speech.views import parse_view
 from kdcore.config import UserError
+from kdcore.folders import check_target, replacing
 from kdcore.onnx_export import ParityError, check_parity, quantise_onnx, trace_onnx
 from kdcore.run import read_json, write_json, write_text
 
@@ -86,7 +85,7 @@ def export(run: Path, role: str, out: Path, *, name: str | None = None, licence:
         UserError: an unfinished run, a model that does not stream, or ``out`` holds something else.
         ParityError: onnxruntime does not answer as PyTorch does.
     """
-    _check_target(out)
+    check_target(out, is_export)
     pipeline = Pipeline.reopen(run)
     model, units = load_model(run / role)
     if not isinstance(model, StreamingModel):
@@ -126,9 +125,9 @@ def export_model(
         UserError, ParityError: as ``export``.
         ValueError: no clip.
     """
-    _check_target(out)
+    check_target(out, is_export)
     model.eval()
-    with _replacing(out) as folder:
+    with replacing(out, is_export) as folder:
         step = OnnxStep(model)
         _write_models(step, len(units.symbols), folder)
         write_text(folder / TOKENS, "".join(f"{each} {at}\n" for at, each in enumerate((*units.symbols, BLANK))))
@@ -338,46 +337,3 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
         for file in sorted(folder.iterdir())
         if file.name != ABOUT
     }
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file, wanted a folder to write to")
-    if out.is_dir() and any(out.iterdir()) and not is_export(out):
-        raise UserError(f"--out: {out} holds files that no export wrote; name another folder or empty it")
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``out`` at the end, on disk; an export there gives way only then."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        _check_target(out)  # again: this may have taken minutes
-        # a rename onto a folder that is not empty fails, so the earlier export steps aside
-        if out.exists():
-            os.replace(out, aside)
-        try:
-            os.replace(temporary, out)
-        except OSError:
-            if aside.exists():
-                os.replace(aside, out)
-            raise
-        _flush(out.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ import uvicorn
 
 from apps.speech.server.app import JsonFormatter, build
 from apps.speech.server.websocket import WebSocketProtocol
-from kdcore.config import UserError
+from kdcore.listening import listening_socket
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -80,19 +80,6 @@ def serve(recognizer: Recognizer, settings: ServeSettings, announce: Callable[[s
 
 def _nothing(number: int, frame: Any) -> None:
     """Take a signal that was heeded already."""
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """Return a bound socket; UserError where the address cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
-    return listener
 
 
 def _configure_logging() -> None:

@@ -48,7 +48,7 @@ def add_serve(verbs: Any) -> None:
     for name, default, _, what in _LIMITS:
         shown = f"{what} (default {default:g})" if isinstance(default, float) else f"{what} (default {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=shown)
-    transcribe_cli._add_decoding(parser)
+    transcribe_cli.add_decoding(parser)
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -64,5 +64,5 @@ def run_serve(args: argparse.Namespace) -> int:
     from kdcore.progress import Announcer
 
     limits = {name: getattr(args, name) for name, *_ in _LIMITS}
-    recognizer = transcribe_cli._setup(args).recognizer()
+    recognizer = transcribe_cli.setup_of(args).recognizer()
     return serve(recognizer, ServeSettings(host=args.host, port=args.port, **limits), Announcer())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from apps.recsys.serve.guard import read_admin_key, read_keys
 from apps.recsys.serve.logs import configure_logging
 from apps.recsys.serve.settings import ServeSettings
-from kdcore.config import UserError
+from kdcore.listening import listening_socket
 
 Announce = Callable[[str], None]
 
@@ -45,7 +44,7 @@ def serve(settings: ServeSettings, announce: Announce) -> int:
     prepare(settings, announce)
     if settings.events:
         _try_events(settings.events)
-    listener = _listen(settings.host, settings.port)
+    listener = listening_socket(settings.host, settings.port)
     state = Path(tempfile.mkdtemp(prefix="kd-serve-"))
     settings = replace(settings, state=str(state), port=listener.getsockname()[1])
     try:
@@ -98,17 +97,3 @@ def _config(settings: ServeSettings) -> uvicorn.Config:
         timeout_graceful_shutdown=int(settings.drain_timeout),
         backlog=2048,
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a bound socket; UserError where the address cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
-    listener.set_inheritable(True)
-    return listener

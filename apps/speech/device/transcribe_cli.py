@@ -48,7 +48,7 @@ def add_transcribe(verbs: Any) -> None:
     parser.add_argument("--stdin-pcm", action="store_true", help="16-bit little-endian mono samples at 16 kHz on stdin")
     parser.add_argument("--channel", help="a channel from 0 (default the mean of all)")
     _add_output(parser)
-    _add_decoding(parser)
+    add_decoding(parser)
 
 
 def _add_output(parser: Any) -> None:
@@ -68,7 +68,8 @@ def _add_output(parser: Any) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although files could not be read")
 
 
-def _add_decoding(parser: Any) -> None:
+def add_decoding(parser: Any) -> None:
+    """Add the options that say how an exported student decodes."""
     parser.add_argument(
         "--beam", type=int, default=1, help="prefixes kept (default: best path; 16 with the options below)"
     )
@@ -104,7 +105,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs: got {args.jobs}, wanted 1 or more")
     if args.device is not None and not args.mic:
         raise UserError("--device: wanted --mic with it")
-    setup = _setup(args)
+    setup = setup_of(args)
     if args.mic or args.stdin_pcm:
         return _live(args, setup)
     if args.manifest is None and len(args.files) == 1 and not args.json and not (args.out and not _suffix(args)):
@@ -112,7 +113,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
     return _batch(args, setup)
 
 
-def _setup(args: argparse.Namespace) -> Setup:
+def setup_of(args: argparse.Namespace) -> Setup:
+    """Return what the options ``--model`` and those of ``add_decoding`` ask for."""
     from apps.speech.device.decoding import Decoding, read_grammar
     from apps.speech.device.folder import ExportedFolder
     from apps.speech.device.transcribe import Setup

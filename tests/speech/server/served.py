@@ -17,9 +17,10 @@ import numpy as np
 import soundfile
 
 from apps.speech.runtime import Recognizer
-from apps.speech.serve import Server, listening_socket
+from apps.speech.serve import Server
 from apps.speech.server.app import Service, build
 from apps.speech.server.settings import ServeSettings
+from kdcore.listening import listening_socket
 from tests.speech.device.exported import export_tones
 
 WAIT = 20.0
