@@ -30,6 +30,7 @@ bench: $(STAMP)
 	$(BIN)/kd speech bench train --json benchmarks/results/speech_train.json
 	$(BIN)/kd speech bench digits --json benchmarks/results/speech_digits.json
 	$(BIN)/kd speech bench noise --json benchmarks/results/speech_noise.json
+	$(BIN)/kd speech bench runtime --json benchmarks/results/speech_runtime.json
 	$(BIN)/kd bench losses --json benchmarks/results/losses.json
 	$(BIN)/python benchmarks/knowledge_forms.py --json benchmarks/results/knowledge_forms.json
 	$(BIN)/python -m benchmarks.readme

@@ -25,8 +25,9 @@ from safetensors.numpy import save_file
 from apps.recsys import load_client
 from apps.recsys.bench_index import judged, made_vectors
 from apps.recsys.load_client import Load
-from apps.recsys.load_server import Server, environment, pinned
+from apps.recsys.load_server import Server
 from kdcore import __version__
+from kdcore.child_processes import environment, pinned
 from kdcore.config import UserError
 from kdcore.progress import Announcer
 from kdcore.run import fingerprint, provenance, read_json, write_json

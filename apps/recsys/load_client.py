@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from apps.recsys.load_server import environment, pinned
+from kdcore.child_processes import environment, pinned
 
 _EXACT = 7  # bits of a latency that a bucket keeps: 1 part in 128
 _RECONNECT_SECONDS = 0.05

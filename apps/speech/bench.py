@@ -26,7 +26,11 @@ def run_bench(
             raise ValueError("simulated: bench digits wants a corpus")
         result = digits(work, simulated)
     else:
-        result = quality(work, only) if what == "quality" else {"train": train, "noise": noise}[what](work)
+        result = (
+            quality(work, only)
+            if what == "quality"
+            else {"train": train, "noise": noise, "runtime": runtime}[what](work)
+        )
     command = ["kd", "speech", "bench", what, *(["--only", ",".join(only)] if only else [])]
     command += ["--json", f"benchmarks/results/{output.name}"] if output else []
     result = {**result, "benchmark": f"speech {what}", "provenance": provenance(command=command, load=os.getloadavg())}
@@ -62,3 +66,10 @@ def noise(work: Path) -> dict[str, Any]:
     from apps.speech import bench_noise
 
     return bench_noise.run(work)
+
+
+def runtime(work: Path) -> dict[str, Any]:
+    """Measure the exported student on the device, in the command line, in sherpa-onnx and in the service."""
+    from apps.speech import bench_runtime
+
+    return bench_runtime.run(work)

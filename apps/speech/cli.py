@@ -306,10 +306,10 @@ def _lm(args: argparse.Namespace) -> int:
 def _add_bench(verbs: Any) -> None:
     parser = verbs.add_parser(
         "bench",
-        help="measure: quality, train, digits, noise",
+        help="measure: quality, train, digits, noise, runtime",
         epilog=example("kd speech bench quality --json benchmarks/results/speech_quality.json"),
     )
-    parser.add_argument("what", choices=("quality", "train", "digits", "noise"), help="which benchmark")
+    parser.add_argument("what", choices=("quality", "train", "digits", "noise", "runtime"), help="which benchmark")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
     parser.add_argument("--only", default="", help="some of the recipes of quality, joined by commas")

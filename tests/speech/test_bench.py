@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from apps.speech import bench_digits, bench_noise, bench_quality, bench_train
+from apps.speech import bench_commands, bench_digits, bench_noise, bench_quality, bench_runtime, bench_train
 from apps.speech.bench import run_bench
 from apps.speech.evaluate import Scores
 from data_scripts.simulate_speech import simulate
@@ -41,7 +41,7 @@ def models(folder: Path) -> dict[Path, int]:
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wanted some of ctc_sequence_level"):
         run_bench("quality", None, tmp_path, ["ctc_sequnce_level"])
-    for name in ("train", "digits", "noise"):
+    for name in ("train", "digits", "noise", "runtime"):
         with pytest.raises(UserError, match=f"is for bench quality, got bench {name}"):
             run_bench(name, None, tmp_path, ["ctc_frame_level"])
 
@@ -120,3 +120,38 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
     }
     assert "digits/ann" in speakers["test"] and "digits/bob" in speakers["train"] & speakers["valid"]
     assert "digits/ann" not in speakers["train"] | speakers["valid"] and "digits/bob" not in speakers["test"]
+
+
+def test_runtime_measures_what_was_exported(data: Path, tmp_path: Path) -> None:
+    given = {"data": str(data), "seeds": [0], "streams": 2, "stream_seconds": 1.0, "hour": 5.0, "overrides": TINY}
+    found = bench_runtime.run(tmp_path, **given)  # type: ignore[arg-type]
+    folder = tmp_path / f"speech-{data.name}-runtime" / "exported"
+    bytes_of = {file.name: file.stat().st_size for file in folder.iterdir()}
+    size = found["size"]["student"]
+    assert size["model_bytes"] == bytes_of["model.int8.onnx"]
+    assert size["int8_bytes"] == sum(bytes_of.values()) - bytes_of["model.onnx"] - bytes_of["self_test.wav"]
+    test = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    seconds = sum(each["duration"] for each in test)
+    for name, cost in found["commands"].items():
+        assert cost["real_time_factor"] == pytest.approx(cost["cpu_seconds"] / cost["audio_seconds"])
+        if "one file" not in name:
+            assert cost["audio_seconds"] == pytest.approx(seconds, abs=0.01)
+    rates = found["word_error_rate"]
+    assert rates["int8 costs"] == pytest.approx(rates["int8"] - rates["fp32"]) and rates["fp32"] > 0
+    assert found["sherpa_onnx"]["fp32"]["utterances"] == len(test)
+    assert found["streaming"]["same_text_as_whole_files"] > 0.9
+    served = found["server"]
+    assert served["final_ms"]["n"] == 2 and served["final_ms"]["p95"] > 0
+    assert served["beyond_the_limit"]["refused"] == served["beyond_the_limit"]["tried"] > 0
+
+
+def test_what_an_extra_brings() -> None:
+    device = bench_commands.installed("ondevice")["distributions"]
+    assert {"onnxruntime", "soundfile", "soxr"} <= device.keys() and "torch" not in device and "numpy" not in device
+    assert "torch" in bench_commands.installed("train")["distributions"]
+    assert device["onnxruntime"] > 10
+
+
+def test_a_command_that_fails_is_named() -> None:
+    with pytest.raises(UserError, match="no_such_module"):
+        bench_commands.ran(["-m", "no_such_module"])
