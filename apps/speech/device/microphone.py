@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from apps.speech.audio import Resampler
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
 
@@ -25,7 +26,7 @@ def microphone(
     """Yield what a microphone hears, float32 [n] at 16 kHz, without end.
 
     Options: ``device`` is a number or a part of the name, the system's default if None; ``silent_seconds`` without a
-    block end the iteration.
+    block end the iteration. A microphone without 16 kHz is heard at its own rate and resampled.
 
     Raises:
         UserError: sounddevice or PortAudio is missing, no such microphone, or it disappears; what was heard before has
@@ -48,18 +49,8 @@ def microphone(
         except queue.Full:  # the missing blocks say it
             return
 
-    try:
-        stream = sounddevice.InputStream(
-            samplerate=SAMPLE_RATE,
-            channels=1,
-            dtype="float32",
-            blocksize=round(block_seconds * SAMPLE_RATE),
-            device=device,
-            callback=take,
-            finished_callback=stopped,
-        )
-    except (sounddevice.PortAudioError, ValueError) as error:
-        raise UserError(f"microphone {_named(device)}: cannot be opened at 16 kHz: {_reason(error)}") from None
+    stream, rate = _opened(sounddevice, device, block_seconds, callback=take, finished_callback=stopped)
+    resampler = Resampler(rate)
     try:
         with stream:
             while True:
@@ -71,9 +62,25 @@ def microphone(
                     raise UserError(f"microphone {_named(device)}: has gone; what was heard until then is kept")
                 if lost:
                     raise UserError(f"microphone {_named(device)}: {lost} blocks were lost: the recogniser is too slow")
-                yield block
+                yield np.clip(resampler.accept(block), -1.0, 1.0) if rate != SAMPLE_RATE else block
     except sounddevice.PortAudioError as error:
         raise UserError(f"microphone {_named(device)}: {_reason(error)}; what was heard until then is kept") from None
+
+
+def _opened(sounddevice: Any, device: str | int | None, block_seconds: float, **callbacks: Any) -> tuple[Any, int]:
+    """Return the stream of a microphone at 16 kHz, or at its own rate if it has no other, and that rate in Hz."""
+    try:
+        sounddevice.check_input_settings(device=device, channels=1, dtype="float32", samplerate=SAMPLE_RATE)
+        rate = SAMPLE_RATE
+    except (sounddevice.PortAudioError, ValueError):
+        rate = 0
+    try:
+        rate = rate or round(sounddevice.query_devices(device, "input")["default_samplerate"])
+        options = {"samplerate": rate, "channels": 1, "dtype": "float32", "device": device}
+        return sounddevice.InputStream(blocksize=round(block_seconds * rate), **options, **callbacks), rate
+    except (sounddevice.PortAudioError, ValueError) as error:
+        at = f" at {rate / 1000:g} kHz" if rate else ""
+        raise UserError(f"microphone {_named(device)}: cannot be opened{at}: {_reason(error)}") from None
 
 
 def _sounddevice() -> Any:

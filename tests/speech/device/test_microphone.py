@@ -22,12 +22,22 @@ class Fake(ModuleType):
 
     PortAudioError = PortAudioError
 
-    def __init__(self, blocks: int, *, ends: str = "finished", refuse: str | None = None) -> None:
+    def __init__(
+        self, blocks: int, *, ends: str = "finished", refuse: str | None = None, rates: tuple[int, ...] = (16_000,)
+    ) -> None:
         super().__init__("sounddevice")
+        self.rates = rates
         self.blocks, self.ends, self.refuse = blocks, ends, refuse
         self.opened: dict[str, Any] = {}
         self.closed = False
         self.streams: list[FakeStream] = []
+
+    def check_input_settings(self, **options: Any) -> None:
+        if options["samplerate"] not in self.rates:
+            raise PortAudioError("Invalid sample rate [-9997]")
+
+    def query_devices(self, device: str | int | None, kind: str) -> dict[str, float]:
+        return {"default_samplerate": float(self.rates[0])}
 
     def InputStream(self, **options: Any) -> FakeStream:
         if self.refuse:
@@ -71,6 +81,19 @@ def test_blocks_come_in_order_and_a_lost_microphone_ends_in_one_line(monkeypatch
     assert all(block.dtype == np.float32 and block.shape == (1280,) for block in heard)
     assert (fake.opened["samplerate"], fake.opened["channels"], fake.opened["device"]) == (16_000, 1, "usb")
     assert fake.closed
+
+
+def test_a_microphone_of_another_rate_is_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(20, rates=(44_100, 48_000))
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    heard = []
+    with pytest.raises(UserError, match="has gone"):
+        for block in microphone():
+            heard.append(block)
+    assert fake.opened["samplerate"] == 44_100 and fake.opened["blocksize"] == round(0.08 * 44_100)
+    samples = np.concatenate(heard)
+    # all but what the resampler still has, which the lost microphone takes along
+    assert 0.9 * 20 * 1280 < len(samples) <= 20 * 1280 and np.abs(samples).max() <= 1
 
 
 @pytest.mark.parametrize("ends", ["silent", "raises"])

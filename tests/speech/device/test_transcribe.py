@@ -240,6 +240,7 @@ def test_a_microphone_that_disappears_keeps_what_was_heard(
             return None
 
     fake = ModuleType("sounddevice")
+    fake.check_input_settings = lambda **options: None  # type: ignore[attr-defined]
     fake.InputStream = Stream  # type: ignore[attr-defined]
     fake.PortAudioError = RuntimeError  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
