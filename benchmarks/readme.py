@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import readme_speech
 from kdcore.run import read_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,6 +184,10 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "losses": losses,
     "recsys_evaluate": evaluate,
     "recsys_serve": serve,
+    "speech_quality": readme_speech.quality,
+    "speech_noise": readme_speech.noise,
+    "speech_train": readme_speech.train,
+    "speech_runtime": readme_speech.runtime,
 }
 
 

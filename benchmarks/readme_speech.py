@@ -1,0 +1,114 @@
+"""The README's tables of the speech benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Return the table of recipes on AN4: error rates of the models, and the student's difference to itself alone."""
+    lines = [
+        "| recipe | model | parameters | WER %, best path | with language model | training, CPU min |",
+        "|---|---|---|---|---|---|",
+    ]
+    for recipe, run in result["runs"].items():
+        for role, model in run["models"].items():
+            minutes = sum(model["train_cpu_seconds"]) / len(model["train_cpu_seconds"]) / 60
+            shown = role.replace("_", " ")
+            cells = [
+                f"`{recipe}`" if role == "student" else "",
+                f"**{shown}**" if role == "student" else shown,
+                f"{model['parameters']:,}",
+                _percent(model["metrics"]["wer"]),
+                _percent(model["metrics"]["wer_lm"]) if "wer_lm" in model["metrics"] else "-",
+                f"{minutes:.0f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for recipe, run in result["runs"].items():
+        said = []
+        for metric, how in (("wer", "best path"), ("wer_lm", "with language model")):
+            found = run["differences"].get(f"{metric} against student_alone, by utterance")
+            if found is not None:
+                said.append(f"{how} {_points(found)}")
+        lines.append(f"`{recipe}`: student minus student alone, points: {'; '.join(said)}.")
+    return "\n".join([*lines, "", f"{result['data']}; intervals 95 % over utterances and seeds. {_command('quality')}"])
+
+
+def train(result: dict[str, Any]) -> str:
+    """Return the sentence on what a taught step costs."""
+    ratio, target = result["ratio"], result["targets"]
+    return (
+        f"On cached teachers a step costs {ratio['frame']:.2f} times a plain CTC step at the frame level (wanted "
+        f"at most {target['frame']}) and {ratio['sequence of 4']:.2f} times at the sequence level with 4 hypotheses "
+        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. {_command('train')}"
+    )
+
+
+def noise(result: dict[str, Any]) -> str:
+    """Return the sentence on the recipe for noise."""
+    models = result["models"]
+    gain = result["differences"]["wer against student_alone, by utterance"]
+    rates = {role: _percent(model["metrics"]["wer"]) for role, model in models.items()}
+    return (
+        f"{result['data']}: student alone {rates['student_alone']} % WER, student taught by a teacher that hears it "
+        f"clean {rates['student']} %, relative "
+        f"{result['relative_difference']:+.1%} (wanted {result['targets']['relative_difference']:+.0%}); "
+        f"points {_points(gain)}. {_command('noise')}"
+    )
+
+
+def runtime(result: dict[str, Any]) -> str:
+    """Return the table of the exported student on the device."""
+    target, commands, rates = result["targets"], result["commands"], result["word_error_rate"]
+    small, tiny = result["size"].values()
+    longest = next(name for name in commands if "one file" in name)
+    rows: list[tuple[str, float, float, str]] = [
+        ("bytes of the small student, int8", small["int8_bytes"], target["small_int8_bytes"], ",.0f"),
+        ("bytes of the tiny one, int8", tiny["int8_bytes"], target["tiny_int8_bytes"], ",.0f"),
+        ("real-time factor", commands["int8"]["real_time_factor"], target["real_time_factor"], ".4f"),
+        (
+            "the same with beam 16 and language model",
+            commands["int8, beam 16, language model"]["real_time_factor"],
+            target["real_time_factor_beam_lm"],
+            ".4f",
+        ),
+        ("peak memory on an hour, MB", commands[longest]["peak_megabytes"], target["peak_megabytes"], ".0f"),
+        ("process start to first word, s", result["starts"]["first_word_seconds"], target["first_word_seconds"], ".2f"),
+        ("import to ready, s", result["starts"]["ready_seconds"], target["ready_seconds"], ".2f"),
+        ("`.[ondevice]` adds, MB", result["installed"]["megabytes"], target["ondevice_megabytes"], ".0f"),
+        (
+            f"end of speech to last word, {result['server']['streams']} live streams, p95, ms",
+            result["server"]["final_ms"]["p95"],
+            target["final_ms_p95"],
+            ".0f",
+        ),
+        ("int8 costs, WER", rates["int8 costs"], target["int8_costs"], "+.4f"),
+        ("partial results that change", result["streaming"]["flicker"], target["flicker"], ".3f"),
+        (
+            "first partial result after the first word's end, p95, ms",
+            result["streaming"]["first_partial_ms"]["p95"],
+            result["streaming"]["look_ahead_ms"] + 200,
+            ".0f",
+        ),
+    ]
+    lines = ["| what | measured | wanted at most |", "|---|---|---|"]
+    for name, value, most, form in rows:
+        shown = f"{value:{form}}" if value <= most else f"**{value:{form}}**"
+        lines.append(f"| {name} | {shown} | {most:,} |")
+    for name, peer in result["sherpa_onnx"].items():
+        if isinstance(peer, dict):
+            lines.append(f"| text as sherpa-onnx writes it, {name} | {peer['same_text']:.1%} | (at least 99 %) |")
+    return "\n".join([*lines, "", f"{result['data']}; one core; what misses is bold. {_command('runtime')}"])
+
+
+def _percent(values: dict[str, Any]) -> str:
+    return f"{100 * values['mean']:.1f}" + (f" ± {100 * values['sd']:.1f}" if values["sd"] else "")
+
+
+def _points(estimate: dict[str, Any]) -> str:
+    return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
+
+
+def _command(what: str) -> str:
+    return f"`kd speech bench {what} --json benchmarks/results/speech_{what}.json`"
