@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kdcore.command_line import Parser, example, integers, split_overrides, unkn
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
+    from apps.speech.config import DataConfig
     from apps.speech.pipeline import Pipeline
 
 _STAGES = {
@@ -148,7 +150,20 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
     config = load_config(recipe=args.recipe, file=args.config, overrides=given)
     if not (config.data.path or config.data.train):
         raise UserError("wanted --data NAME or PATH, or --train and --test")
+    config = replace(config, data=_from_anywhere(config.data))
     return Pipeline(config, args.out or Path("runs") / f"{config.recipe}-{config.data.name}", announce)
+
+
+def _from_anywhere(data: DataConfig) -> DataConfig:
+    """Return the same data named so that the run can be gone on with from any folder."""
+    from apps.speech.data.corpora import absolute_name
+
+    named: dict[str, Any] = {}
+    for name in ("path", "train", "valid", "test", "unlabelled"):
+        given = getattr(data, name)
+        if given:
+            named[name] = absolute_name(given) if isinstance(given, str) else [absolute_name(each) for each in given]
+    return replace(data, **named)
 
 
 def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from apps.speech.server.app import JsonFormatter, build
-from apps.speech.server.websocket import WebSocketProtocol
+from apps.speech.server.app import build
+from apps.speech.server.websocket import BoundedWebSocket
+from kdcore.bounded_http import BoundedHttp, sweep
+from kdcore.json_logs import configure_logging
 from kdcore.listening import listening_socket
 
 if TYPE_CHECKING:
@@ -27,14 +29,22 @@ class Server(uvicorn.Server):
     """A server whose live streams are told what they said before their connections end."""
 
     def __init__(self, application: FastAPI, settings: ServeSettings, announce: Callable[[], None]) -> None:
-        WebSocketProtocol.max_message = settings.max_message
-        WebSocketProtocol.max_connections = settings.max_connections
         self._application, self._announce = application, announce
+        self._http = BoundedHttp.limited(
+            receive_timeout=settings.receive_seconds,
+            send_timeout=settings.send_seconds,
+            max_connections=settings.max_connections,
+        )
         super().__init__(
             uvicorn.Config(
                 application,
-                http="httptools",
-                ws=WebSocketProtocol,
+                http=self._http,
+                ws=BoundedWebSocket,
+                ws_max_size=settings.max_message,
+                # compressed messages cost memory, and audio does not get smaller
+                ws_per_message_deflate=False,
+                # who is not read for a while because others are heard cannot answer; idle_seconds ends who is silent
+                ws_ping_interval=None,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
@@ -48,12 +58,14 @@ class Server(uvicorn.Server):
         """Begin to listen, and say so."""
         await super().startup(sockets)
         if self.started:
+            self._sweeping = asyncio.create_task(sweep(self._http))
             self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish live streams, then what else was begun."""
         await self._application.state.service.drain()
         await super().shutdown(sockets)
+        self._sweeping.cancel()
 
 
 def serve(recognizer: Recognizer, settings: ServeSettings, announce: Callable[[str], None]) -> int:
@@ -62,7 +74,9 @@ def serve(recognizer: Recognizer, settings: ServeSettings, announce: Callable[[s
     Raises:
         UserError: the address cannot be had.
     """
-    _configure_logging()
+    configure_logging()
+    for name in ("uvicorn.error", "python_multipart"):  # a request has a line of its own, with what is wrong with it
+        logging.getLogger(name).setLevel(logging.ERROR)
     listener = listening_socket(settings.host, settings.port)
     try:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -80,11 +94,3 @@ def serve(recognizer: Recognizer, settings: ServeSettings, announce: Callable[[s
 
 def _nothing(number: int, frame: Any) -> None:
     """Take a signal that was heeded already."""
-
-
-def _configure_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)

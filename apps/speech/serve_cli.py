@@ -14,14 +14,14 @@ VERB = "serve"
 # option, its default, its least value, help; floats are seconds
 _LIMITS: tuple[tuple[str, int | float, int | float, str], ...] = (
     ("max_streams", 64, 1, "live streams at once; one more is refused"),
-    ("max_connections", 1024, 1, "WebSocket connections at once, those that are being refused among them"),
+    ("max_connections", 1024, 1, "WebSocket connections at once, and as many of HTTP"),
     ("jobs", 1, 1, "uploaded files that are transcribed at once"),
     ("max_waiting", 16, 0, "uploads that may wait beside those; one more is refused"),
     ("max_upload", 100 << 20, 1024, "bytes of a request with a file"),
     ("max_message", 1 << 20, 1024, "bytes of a WebSocket message"),
     ("max_seconds", 7200.0, 0.1, "seconds of audio of a stream or file"),
     ("idle_seconds", 30.0, 0.1, "a stream that sends nothing for so long is ended"),
-    ("receive_seconds", 30.0, 0.1, "how long an upload may pause"),
+    ("receive_seconds", 30.0, 0.1, "how long the head of a request may take, and an upload may pause"),
     ("send_seconds", 10.0, 0.1, "how long a client may leave an answer unread"),
     ("drain_seconds", 30.0, 0.1, "what a stopping service finishes its work in"),
 )
@@ -48,6 +48,14 @@ def add_serve(verbs: Any) -> None:
     for name, default, _, what in _LIMITS:
         shown = f"{what} (default {default:g})" if isinstance(default, float) else f"{what} (default {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=shown)
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages of this origin (https://example.org) may open streams as well; repeatable. The service's own page "
+        "and clients that are no browsers always may",
+    )
     transcribe_cli.add_decoding(parser)
 
 
@@ -60,9 +68,16 @@ def run_serve(args: argparse.Namespace) -> int:
         if not least <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}: got {value:g}, wanted {least:g} or more")
     from apps.speech.serve import serve
+    from apps.speech.server.origins import origin
     from apps.speech.server.settings import ServeSettings
     from kdcore.progress import Announcer
 
+    try:
+        origins = tuple(origin(each) for each in args.allow_origin)
+    except ValueError as error:
+        raise UserError(f"--allow-{error}") from None
     limits = {name: getattr(args, name) for name, *_ in _LIMITS}
     recognizer = transcribe_cli.setup_of(args).recognizer()
-    return serve(recognizer, ServeSettings(host=args.host, port=args.port, **limits), Announcer())
+    return serve(
+        recognizer, ServeSettings(host=args.host, port=args.port, allow_origins=origins, **limits), Announcer()
+    )

@@ -21,17 +21,19 @@ from apps.recsys.events import EventStore
 from apps.recsys.serve.catalogue import Catalogue
 from apps.recsys.serve.front import Front
 from apps.recsys.serve.guard import Guard, read_admin_key, read_keys
-from apps.recsys.serve.logs import EventLines, configure_logging
+from apps.recsys.serve.logs import EventLines
 from apps.recsys.serve.metrics import Metrics
 from apps.recsys.serve.model import ServedModel
 from apps.recsys.serve.openapi import describe
-from apps.recsys.serve.protocol import BoundedProtocol, sweep
+from apps.recsys.serve.protocol import BoundedProtocol
 from apps.recsys.serve.schema import MAX_ID
 from apps.recsys.serve.service import Service
 from apps.recsys.serve.settings import ServeSettings
 from apps.recsys.serve.shadow import Shadow
 from apps.recsys.serve.workers import Crew
 from kdcore import __version__
+from kdcore.bounded_http import sweep
+from kdcore.json_logs import configure_logging
 
 # the page may load itself and nothing else
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501

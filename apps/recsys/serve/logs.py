@@ -1,10 +1,9 @@
-"""Structured logs: one JSON object a line on stderr, written in batches."""
+"""The log lines of requests and events: JSON, written in batches."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import sys
 import time
@@ -13,39 +12,6 @@ from typing import Any, TextIO
 
 _FLUSH_SECONDS = 0.25
 _FLUSH_LINES = 512
-
-
-class JsonFormatter(logging.Formatter):
-    """Turns what libraries log into the same shape."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return one line of JSON."""
-        fields: dict[str, Any] = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "event": "log",
-            "logger": record.name,
-            "message": record.getMessage(),
-            "worker": os.getpid(),
-        }
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
-
-
-def configure_logging() -> None:
-    """Send the log records of all libraries to stderr as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).handlers[:] = []
-        logging.getLogger(name).propagate = True
-    # the service logs requests itself
-    logging.getLogger("uvicorn.access").handlers[:] = []
-    logging.getLogger("uvicorn.access").propagate = False
 
 
 @lru_cache(maxsize=4096)

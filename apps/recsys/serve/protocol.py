@@ -1,67 +1,39 @@
-"""The wire: uvicorn's HTTP protocol with limits on what a client may keep open and for how long."""
+"""The wire: a bounded HTTP protocol whose most frequent requests are answered without ASGI."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from kdcore.bounded_http import BoundedHttp
 
-_MAX_HEAD = 1 << 15
-_SWEEP_SECONDS = 0.5
 # a body longer than this takes the long way
 _MAX_HELD = 1 << 16
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """Ends connections whose request does not arrive in time or whose headers are too large.
-
-    No timer per request: a connection notes when its request began, and one sweep looks at all of them.
+class BoundedProtocol(BoundedHttp):
+    """Bounds the body of a request as well: all of it has to arrive in time.
 
     A request for a path in ``direct`` is held until its body is there, and answered from it without ASGI if that can
     be done at once: the task, events, dictionaries and two messages of an ASGI call cost as much as an approximate
     search of a million items. What cannot be answered so goes the long way, where nothing is different.
     """
 
-    # of all connections of this process, set once before it listens
-    receive_timeout: ClassVar[float] = 10.0
-    max_connections: ClassVar[int] = 2048
+    # of all connections of this process
     keep_alive: ClassVar[float] = 30.0
-    live: ClassVar[set[BoundedProtocol]] = set()
     # path -> what returns a whole answer, or None for the long way
     direct: ClassVar[dict[bytes, Callable[[list[tuple[bytes, bytes]], Any, bytes, bytes], bytes | None]]] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Note when: a client that connects and says nothing is slow as well."""
-        self._since: float | None = time.monotonic()
-        self._stalled: float | None = None
+        """Begin without a request."""
         # since when the connection has had nothing to do, after a direct answer; uvicorn has a timer for the others
         self._idle: float | None = None
         self._held: list[bytes] | None = None
         self._held_bytes = 0
         self._common: tuple[Any, bytes] = (None, b"")
-        self._head = 0
-        self._in_head = True
         super().connection_made(transport)
-        if len(self.live) >= self.max_connections:
-            self.refuse(503, "overloaded", "too many connections")
-        self.live.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
-        self.live.discard(self)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Count the bytes of headers before they are parsed."""
-        if self._in_head:
-            self._head += len(data)
-        super().data_received(data)
-        if self._in_head and self._head > _MAX_HEAD and self.transport is not None and not self.transport.is_closing():
-            self.refuse(431, "headers_too_large", f"more than {_MAX_HEAD} bytes of headers")
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -107,12 +79,13 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(part)
 
     def _long_way(self) -> None:
-        """Make what uvicorn needs to let the application answer."""
-        url, headers, expected = self.url, self.headers, self.expect_100_continue
+        """Make what uvicorn needs to let the application answer; the time of the request goes on."""
+        url, headers, expected, since = self.url, self.headers, self.expect_100_continue, self._since
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expected
         self.headers += headers
         super().on_headers_complete()
+        self._since = since
 
     def on_message_complete(self) -> None:
         """It has arrived."""
@@ -141,43 +114,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._let_go()
         super().shutdown()
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP in the shape of every other error."""
-        self.refuse(400, "bad_http", msg)
-
-    def refuse(self, status: int, code: str, message: str) -> None:
-        """Answer without the application, and close."""
-        started = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if not started:  # else half an answer is on the wire: nothing sensible can follow it
-            body = json.dumps({"error": {"code": code, "message": message}, "request_id": ""}).encode()
-            head = f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
-
-    def pause_writing(self) -> None:
-        """The client does not read."""
-        self._stalled = time.monotonic()
-        super().pause_writing()
-
-    def resume_writing(self) -> None:
-        """It reads again."""
-        self._stalled = None
-        super().resume_writing()
-
     def end_if_overdue(self, now: float) -> None:
-        """End the connection if the client takes too long to send a request or to read an answer."""
-        if self._stalled is not None and now - self._stalled > self.receive_timeout:
-            self.transport.abort()
-        elif self._since is not None and now - self._since > self.receive_timeout:
-            self.refuse(408, "timeout", "the request did not arrive in time")
-        elif self._idle is not None and now - self._idle > self.keep_alive:
+        """End the connection as well if it has had nothing to do for long after a direct answer."""
+        super().end_if_overdue(now)
+        if self._idle is not None and now - self._idle > self.keep_alive:
             self.transport.close()
-
-
-async def sweep() -> None:
-    """End overdue connections, for ever."""
-    while True:
-        await asyncio.sleep(_SWEEP_SECONDS)
-        now = time.monotonic()
-        for connection in list(BoundedProtocol.live):
-            connection.end_if_overdue(now)

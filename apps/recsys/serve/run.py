@@ -14,8 +14,8 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from apps.recsys.serve.guard import read_admin_key, read_keys
-from apps.recsys.serve.logs import configure_logging
 from apps.recsys.serve.settings import ServeSettings
+from kdcore.json_logs import configure_logging
 from kdcore.listening import listening_socket
 
 Announce = Callable[[str], None]

@@ -91,6 +91,22 @@ def find_data(name: str) -> Path:
     raise UserError(f"--data: {name} is no file or folder, and not among the corpora ({looked}; set KD_DATA)")
 
 
+def absolute_name(text: str) -> str:
+    """Return how a corpus is named from any folder: by its whole path, unless it is one of the data folder.
+
+    What is selected of it stays; what is not there stays as it is.
+    """
+    name, _ = parse_corpus(text)
+    try:
+        place = find_data(name)
+    except UserError:
+        return text
+    root = os.environ.get("KD_DATA")
+    if root and place == Path(root) / "speech" / name:
+        return text
+    return os.path.abspath(place) + text[len(name) :]
+
+
 @dataclass(frozen=True)
 class Source:
     """A corpus of a run: its name there, where it is, and whether it says of itself that it is simulated."""

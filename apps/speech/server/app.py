@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.websockets import WebSocket
 
 from apps.speech.device.folder import ABOUT
-from apps.speech.server.listening import listen
+from apps.speech.server.listening import check_client, listen
+from apps.speech.server.metrics import Metrics
 from apps.speech.server.sessions import Hub
 from apps.speech.server.settings import ServeSettings, ServiceError
 from apps.speech.server.uploads import FORMATS, GRANULARITIES, Uploads
@@ -47,7 +47,8 @@ class Service:
         self.version = fingerprint(about.read_bytes())
         self.created = int(about.stat().st_mtime)
         self.hub = Hub(recognizer, max_streams=settings.max_streams, max_seconds=settings.max_seconds)
-        self.uploads = Uploads(recognizer, settings)
+        self.metrics = Metrics(lambda: len(self.hub.sessions), self.hub.heard)
+        self.uploads = Uploads(recognizer, settings, self.metrics)
 
     async def drain(self) -> None:
         """Finish what was begun."""
@@ -103,7 +104,7 @@ class Front:
 
         async def sending(message: Any) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
                 message["headers"] = [
                     *message["headers"],
@@ -124,7 +125,7 @@ class Front:
 def _add_errors(application: FastAPI) -> None:
     @application.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
-        return _answer(request, {"error": error.problem()}, error.status, error.headers)
+        return _refusal(request, error)
 
     @application.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -148,11 +149,16 @@ def _add_errors(application: FastAPI) -> None:
         return _answer(request, {"error": about}, 500)
 
 
+def _refusal(client: HTTPConnection, error: ServiceError) -> Response:
+    client.app.state.service.metrics.refusal(error.code)
+    return _answer(client, {"error": error.problem()}, error.status, error.headers)
+
+
 def _answer(
-    request: Request, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
+    client: HTTPConnection, content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
-    service: Service = request.app.state.service
-    tail = {"model_version": service.version, "request_id": request.state.request_id}
+    service: Service = client.app.state.service
+    tail = {"model_version": service.version, "request_id": client.state.request_id}
     return JSONResponse({**content, **tail}, status, headers={"cache-control": "no-store", **(headers or {})})
 
 
@@ -181,6 +187,12 @@ def _add_routes(application: FastAPI, service: Service) -> None:
         about = {"status": state, "streams": len(hub.sessions), "max_streams": hub.max_streams}
         return _answer(request, {**about, "uploads": service.uploads.waiting}, 503 if hub.stopping else 200)
 
+    @application.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics(request: Request) -> Response:
+        """What Prometheus reads."""
+        text, kind = service.metrics.text()
+        return Response(text, headers={"content-type": kind, "cache-control": "no-store"})
+
     @application.get("/v1/models")
     async def models(request: Request) -> Response:
         """The one model."""
@@ -202,7 +214,14 @@ def _add_routes(application: FastAPI, service: Service) -> None:
 
     @application.websocket("/v1/listen")
     async def listening(websocket: WebSocket) -> None:
-        websocket.state.ended = await listen(websocket, service.hub, service.settings)
+        try:
+            check_client(websocket, service.settings)
+        except ServiceError as error:
+            websocket.state.ended = error.code
+            with suppress(OSError):  # whoever has gone need not be told
+                await websocket.send_denial_response(_refusal(websocket, error))
+            return
+        websocket.state.ended = await listen(websocket, service.hub, service.settings, service.metrics)
 
 
 def _add_pages(application: FastAPI) -> None:
@@ -216,15 +235,3 @@ def _add_pages(application: FastAPI) -> None:
             return Response(content, media_type=kind, headers=headers)
 
         application.add_api_route(path, page, methods=["GET"], include_in_schema=False)
-
-
-class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON; nothing a client sent stands in it unescaped."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower()}
-        line |= {"event": record.getMessage(), **getattr(record, "fields", {})}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)

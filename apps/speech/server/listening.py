@@ -1,15 +1,18 @@
-"""The WebSocket ``/v1/listen``: audio in, partial and final words out."""
+"""The WebSocket ``/v1/listen``: audio in, partial and final words out. No torch."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from apps.speech.features import SAMPLE_RATE
-from apps.speech.server.sessions import Hub, Session
+from apps.speech.server.metrics import Metrics
+from apps.speech.server.origins import permitted
+from apps.speech.server.sessions import Hub, Message, Session
 from apps.speech.server.settings import ServeSettings, ServiceError
 from apps.speech.server.sources import Source, source
 from kdcore.config import UserError, nearest
@@ -22,21 +25,38 @@ _CLOSE_CODES = {
 _QUERY = ("format", "rate", "channels")
 
 
-async def listen(websocket: WebSocket, hub: Hub, settings: ServeSettings) -> str:
+def check_client(websocket: WebSocket, settings: ServeSettings) -> None:
+    """Raise ServiceError where a client may not connect: too many have, or the page it is may not."""
+    if websocket.state.connections > settings.max_connections:
+        raise ServiceError(503, "overloaded", "too many connections", headers={"retry-after": "5"})
+    headers = websocket.headers
+    if not permitted(headers.getlist("origin"), headers.get("host", ""), settings.allow_origins):
+        raise ServiceError(403, "origin", "pages of this origin may not connect (--allow-origin lets them)")
+
+
+async def listen(websocket: WebSocket, hub: Hub, settings: ServeSettings, metrics: Metrics) -> str:
     """Serve one client until its stream has ended; return how: "end", "gone", "unread" or the code of an error.
 
     Messages to the client are JSON: ``partial`` and ``final`` with ``text``, ``words``, ``start`` and ``end`` in
     seconds and ``heard``, the seconds of audio so far; then ``end``, or ``error`` with code and message.
     """
-    await websocket.accept()
+    try:
+        await websocket.accept()
+    except OSError:
+        return "gone"
     try:
         session = hub.open(_source(websocket))
     except ServiceError as error:
-        return await _refuse(websocket, error)
+        metrics.refusal(error.code)
+        last = Message({"type": "error", "error": error.problem()}, True, error)
+        return await _tell(websocket, last, settings) or error.code
     reader = asyncio.create_task(_read(websocket, session, settings))
+    ended = "gone"
     try:
-        return await _write(websocket, session, settings)
+        ended = await _write(websocket, session, settings, metrics)
+        return ended
     finally:
+        metrics.stream(ended)
         hub.close(session)
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -65,15 +85,6 @@ def _source(websocket: WebSocket) -> Source:
         raise ServiceError(422, "invalid", str(error), str(error).partition(":")[0]) from None
 
 
-async def _refuse(websocket: WebSocket, error: ServiceError) -> str:
-    try:
-        await websocket.send_text(_text({"type": "error", "error": error.problem()}))
-        await websocket.close(_CLOSE_CODES[error.code], error.code)
-    except (WebSocketDisconnect, RuntimeError):
-        return "gone"
-    return error.code
-
-
 async def _read(websocket: WebSocket, session: Session, settings: ServeSettings) -> None:
     """Put what the client sends into its stream; it is not read while there is no room."""
     while True:
@@ -96,20 +107,29 @@ async def _read(websocket: WebSocket, session: Session, settings: ServeSettings)
         session.stop(None if known else ServiceError(422, "invalid", 'wanted audio in binary, or {"type": "stop"}'))
 
 
-async def _write(websocket: WebSocket, session: Session, settings: ServeSettings) -> str:
+async def _write(websocket: WebSocket, session: Session, settings: ServeSettings, metrics: Metrics) -> str:
     """Send what the stream says, and close when it has said everything."""
     while (message := await session.next()) is not None:
-        try:
-            await asyncio.wait_for(websocket.send_text(_text(message.content)), settings.send_seconds)
-        except TimeoutError:
-            return "unread"
-        except (WebSocketDisconnect, RuntimeError):
-            return "gone"
-        if message.last:
-            code = message.error.code if message.error else "end"
-            await websocket.close(_CLOSE_CODES.get(code, 1000), code)
-            return code
+        if ended := await _tell(websocket, message, settings):
+            return ended
+        if message.since is not None:
+            metrics.final(time.monotonic() - message.since)
     return "gone"
+
+
+async def _tell(websocket: WebSocket, message: Message, settings: ServeSettings) -> str | None:
+    """Send a message, and close after the last; return how the stream has ended, None where it goes on."""
+    code = message.error.code if message.error else "end"
+    try:
+        async with asyncio.timeout(settings.send_seconds):
+            await websocket.send_text(_text(message.content))
+            if message.last:
+                await websocket.close(_CLOSE_CODES.get(code, 1000), code)
+    except TimeoutError:
+        return "unread"
+    except (WebSocketDisconnect, RuntimeError):
+        return "gone"
+    return code if message.last else None
 
 
 def _text(content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,18 @@ _log = logging.getLogger("kdsuite.serve")
 
 @dataclass(frozen=True)
 class Message:
-    """What a client is told; ``last`` for what nothing follows, with the error that ends the stream if there is one."""
+    """What a client is told.
+
+    Attributes:
+        last: nothing follows.
+        error: what ends the stream, if anything has gone wrong.
+        since: of a final message, when what made it final arrived (in seconds of ``time.monotonic``).
+    """
 
     content: dict[str, Any]
     last: bool = False
     error: ServiceError | None = None
+    since: float | None = None
 
 
 class Session:
@@ -50,16 +58,18 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         # shared between loop and thread, under the hub's lock
-        self.pending: deque[bytes] = deque()
+        # bytes, and when they arrived
+        self.pending: deque[tuple[bytes, float]] = deque()
         self.pending_bytes = 0
         self.messages: deque[Message] = deque()
         self.partial: Message | None = None
         self.stopped = self.done = self._left = False
         self._problem: ServiceError | None = None
+        self._stopped_at = 0.0
         # of the thread alone
         self.moved = self._more = self._exhausted = False
         self._said = ""
-        self._final_end = 0.0
+        self._final_end = self._since = 0.0
         self._ended = False
 
     # what the event loop calls
@@ -69,7 +79,7 @@ class Session:
         with self._hub.work:
             if self.stopped or not data:
                 return
-            self.pending.append(data)
+            self.pending.append((data, time.monotonic()))
             self.pending_bytes += len(data)
             self._hub.work.notify()
         while self.pending_bytes > self._room and not self.done:
@@ -81,7 +91,7 @@ class Session:
         """Nothing more comes: what is said so far is finished, then told with the problem that ends it, if any."""
         with self._hub.work:
             if not self.stopped:
-                self.stopped, self._problem = True, problem
+                self.stopped, self._problem, self._stopped_at = True, problem, time.monotonic()
                 self._hub.work.notify()
 
     def leave(self) -> None:
@@ -113,6 +123,11 @@ class Session:
         """The stream in the recogniser."""
         return self._stream
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio that were heard."""
+        return self._stream.seconds
+
     def has_work(self) -> bool:
         """Whether there is something to hear and somebody who reads what is said of it."""
         if self.done or len(self.messages) >= _MOST_MESSAGES:
@@ -141,7 +156,7 @@ class Session:
         if samples is None and self.stopped:
             if self._exhausted:
                 self._stream.end()
-                self._ended = True
+                self._ended, self._since = True, max(self._since, self._stopped_at)
                 return None
             self._exhausted = True
             self._source.end()
@@ -166,10 +181,10 @@ class Session:
         with self._hub.work:
             if not self.pending:
                 return b""
-            first = self.pending.popleft()
+            first, self._since = self.pending.popleft()
             portion, rest = first[: self._source.portion], first[self._source.portion :]
             if rest:
-                self.pending.appendleft(rest)
+                self.pending.appendleft((rest, self._since))
             before, self.pending_bytes = self.pending_bytes, self.pending_bytes - len(portion)
         if before > self._room >= self.pending_bytes:
             self._tell()
@@ -179,7 +194,7 @@ class Session:
         """Put what is new into messages."""
         update = self._stream.take()
         finished = self._ended and not self._stream.ready
-        found = [Message(self._final(segment)) for segment in update.final]
+        found = [Message(self._final(segment), since=self._since) for segment in update.final]
         if finished:
             found.append(self._last())
         elif found or update.partial != self._said:
@@ -235,6 +250,8 @@ class Hub:
         self.work = threading.Condition()
         self.sessions: set[Session] = set()
         self.stopping = False
+        # by the streams that have ended
+        self._heard = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
@@ -255,6 +272,12 @@ class Hub:
         with self.work:
             session.done = True
             self.sessions.discard(session)
+            self._heard += session.seconds
+
+    def heard(self) -> float:
+        """Return the seconds of audio that all streams were heard, those that have ended as well."""
+        with self.work:
+            return self._heard + sum(session.seconds for session in self.sessions)
 
     async def drain(self, seconds: float) -> None:
         """Take no more streams, let those that are there finish what was said, and wait until their clients know."""

@@ -12,16 +12,17 @@ class ServeSettings:
 
     Attributes:
         max_streams: live streams at once; one more is refused.
-        max_connections: WebSocket connections at once, those among them that are being refused.
+        max_connections: WebSocket connections at once, those among them that are being refused, and as many of HTTP.
         jobs: uploaded files that are transcribed at once.
         max_waiting: uploads that may be on their way or wait beside those; one more is refused.
         max_upload: bytes of a request with a file.
         max_seconds: of audio of one file or one stream.
         max_message: bytes of a WebSocket message.
         idle_seconds: a stream that sends nothing for so long is ended.
-        receive_seconds: how long an upload may pause.
+        receive_seconds: how long the head of a request may take, and an upload may pause.
         send_seconds: how long a client may leave an answer unread.
         drain_seconds: what a stopping service finishes its work in.
+        allow_origins: origins of pages elsewhere that may open a stream, as ``origins.origin`` returns them.
     """
 
     host: str = "127.0.0.1"
@@ -37,6 +38,7 @@ class ServeSettings:
     receive_seconds: float = 30.0
     send_seconds: float = 10.0
     drain_seconds: float = 30.0
+    allow_origins: tuple[str, ...] = ()
 
 
 class ServiceError(Exception):

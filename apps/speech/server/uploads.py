@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,7 +21,8 @@ from starlette.responses import Response
 
 from apps.speech.audio import blocks
 from apps.speech.device.subtitles import cues, srt, vtt
-from apps.speech.server.multipart import FormError, FormReader, Part, boundary_of
+from apps.speech.server.forms import Form, read_form
+from apps.speech.server.metrics import Metrics
 from apps.speech.server.settings import ServeSettings, ServiceError
 from apps.speech.server.sources import source
 from kdcore.config import UserError, nearest
@@ -33,24 +34,7 @@ if TYPE_CHECKING:
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 GRANULARITIES = ("word", "segment")
 _BLOCK_SECONDS = 1.0
-_MOST_FIELDS, _MOST_VALUE = 64, 1 << 14
 _PLAIN = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
-
-
-@dataclass
-class Form:
-    """What was asked for; ``path`` holds the file, ``filename`` is its name at the client, for messages."""
-
-    path: Path
-    fields: dict[str, list[str]] = field(default_factory=dict)
-    filename: str | None = None
-
-    def one(self, name: str, otherwise: str) -> str:
-        """Return the value of a field that may stand once; ServiceError where it stands twice."""
-        values = self.fields.get(name, [otherwise])
-        if len(values) > 1:
-            raise ServiceError(422, "invalid", f"{name}: is given {len(values)} times", name)
-        return values[0]
 
 
 @dataclass(frozen=True)
@@ -133,8 +117,8 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
 class Uploads:
     """Files that clients send: so many are transcribed at once, so many more may wait."""
 
-    def __init__(self, recognizer: Recognizer, settings: ServeSettings) -> None:
-        self._recognizer, self._settings = recognizer, settings
+    def __init__(self, recognizer: Recognizer, settings: ServeSettings, metrics: Metrics) -> None:
+        self._recognizer, self._settings, self._metrics = recognizer, settings, metrics
         self._pool = ThreadPoolExecutor(settings.jobs, "uploads")
         self.waiting = 0
 
@@ -183,6 +167,7 @@ class Uploads:
             gone.cancel()
         if heard is None:
             raise ClientDisconnect
+        self._metrics.upload(heard.seconds)
         return heard
 
 
@@ -245,88 +230,3 @@ def _webm(handle: BinaryIO) -> Iterator[np.ndarray]:
         raise UserError(f"audio: is truncated: it ends within {reader.torn}")
     if not count:
         raise UserError("audio: has no samples")
-
-
-async def read_form(request: Request, path: Path, settings: ServeSettings) -> Form:
-    """Write the file of a form to ``path`` as it comes and return the rest.
-
-    Raises:
-        ServiceError: no such form, too large, or it does not arrive.
-        ClientDisconnect: the client has gone.
-    """
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
-        raise ServiceError(415, "unsupported_media_type", "wanted content-type: multipart/form-data")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > settings.max_upload:
-        raise _too_large(settings)
-    form, size = Form(path), 0
-    try:
-        reader = FormReader(boundary_of(kind))
-        with open(path, "wb") as handle:
-            filler = _Filler(form, handle)
-            chunks = request.stream().__aiter__()
-            while (data := await _next(chunks, settings.receive_seconds)) is not None:
-                size += len(data)
-                if size > settings.max_upload:
-                    raise _too_large(settings)
-                for found in reader.feed(data):
-                    filler.take(found)
-            filler.finish()
-        if not reader.finished:
-            raise FormError("the form is cut off before its last boundary")
-    except FormError as error:
-        raise ServiceError(400, "bad_form", str(error), headers={"connection": "close"}) from None
-    except OSError as error:
-        raise ServiceError(507, "no_room", f"the file cannot be kept: {error.strerror}") from None
-    return form
-
-
-async def _next(chunks: Any, seconds: float) -> bytes | None:
-    try:
-        return await asyncio.wait_for(anext(chunks), seconds)
-    except StopAsyncIteration:
-        return None
-    except TimeoutError:
-        raise ServiceError(408, "timeout", "the form did not arrive", headers={"connection": "close"}) from None
-
-
-def _too_large(settings: ServeSettings) -> ServiceError:
-    message = f"wanted at most {settings.max_upload} bytes"
-    return ServiceError(413, "too_large", message, headers={"connection": "close"})
-
-
-class _Filler:
-    """Puts the parts of a form where they belong."""
-
-    def __init__(self, form: Form, handle: BinaryIO) -> None:
-        self._form, self._handle = form, handle
-        self._part: Part | None = None
-        self._value = b""
-        self._count = 0
-
-    def take(self, found: Part | bytes) -> None:
-        """Take the next piece."""
-        if isinstance(found, Part):
-            self.finish()
-            self._part, self._value = found, b""
-            self._count += 1
-            if self._count > _MOST_FIELDS:
-                raise FormError(f"more than {_MOST_FIELDS} fields")
-            if found.name == "file":
-                if self._form.filename is not None or found.filename is None:
-                    what = "is no file (it has no filename)" if found.filename is None else "is given twice"
-                    raise ServiceError(422, "invalid", f"file: {what}", "file", {"connection": "close"})
-                self._form.filename = found.filename
-        elif self._part and self._part.name == "file":
-            self._handle.write(found)
-        else:
-            self._value += found
-            if len(self._value) > _MOST_VALUE:
-                raise FormError(f"a field of more than {_MOST_VALUE} bytes")
-
-    def finish(self) -> None:
-        """The part is complete."""
-        if self._part and self._part.name != "file":
-            self._form.fields.setdefault(self._part.name, []).append(self._value.decode("utf-8", "replace"))
-        self._part = None

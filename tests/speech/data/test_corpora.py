@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.speech.config import DataConfig
-from apps.speech.data.corpora import Selection, find_data, parse_corpus
+from apps.speech.data.corpora import Selection, absolute_name, find_data, parse_corpus
 from apps.speech.data.parts import Parts, read_parts
 from kdcore.config import UserError
 from kdcore.run import read_json
@@ -176,3 +176,15 @@ def test_fsdd_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each.speaker for each in parts["test"].utterances} == {"george"}
     samples = parts["test"].load(parts["test"].utterances[0])
     assert len(samples) / 16_000 == pytest.approx(parts["test"].utterances[0].duration, abs=1e-3)
+
+
+def test_a_corpus_is_named_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here/own", "here/data/made", "known/speech/an4"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("KD_DATA", str(tmp_path / "known"))
+    assert absolute_name("own") == str(tmp_path / "here" / "own")
+    assert absolute_name("own@speaker!=ann,bob") == str(tmp_path / "here" / "own") + "@speaker!=ann,bob"
+    assert absolute_name("made@split=test") == str(tmp_path / "here" / "data" / "made") + "@split=test"
+    # the data folder may be elsewhere on another machine, and what is not there is said later
+    assert absolute_name("an4") == "an4" and absolute_name("nowhere") == "nowhere"
