@@ -19,6 +19,8 @@ import numpy as np
 
 from apps.speech.audio import blocks, read_audio
 from apps.speech.decode.words import Word
+from apps.speech.device.pcm import Pcm
+from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -287,21 +289,25 @@ def check_settings(out: Path, about: dict[str, Any], *, begun: bool) -> None:
         raise UserError(f"{out}: was made with another {', '.join(other)}; choose another --out or remove it")
 
 
-def pcm_blocks(stream: BinaryIO, name: str = "standard input") -> Iterator[np.ndarray]:
-    """Yield raw 16-bit little-endian mono samples at 16 kHz as they come, float32 [n]; packets may be of any size.
+def pcm_blocks(
+    stream: BinaryIO, *, rate: int = SAMPLE_RATE, channels: int = 1, name: str = "standard input"
+) -> Iterator[np.ndarray]:
+    """Yield raw 16-bit little-endian samples as they come, float32 [n] at 16 kHz; packets may be of any size.
 
     Raises:
-        UserError: the stream ends within a sample.
+        UserError: a rate or number of channels that is not taken; the stream ends within a sample.
     """
+    pcm = Pcm(rate, channels)
     read = getattr(stream, "read1", stream.read)
-    kept = b""
     while data := read(1 << 15):
-        kept += data
-        whole = len(kept) // 2 * 2
-        yield np.frombuffer(kept[:whole], "<i2").astype(np.float32) / 32768
-        kept = kept[whole:]
-    if kept:
-        raise UserError(f"{name}: ends within a sample (an odd number of bytes); wanted 16-bit samples")
+        pcm.feed(data)
+        while (samples := pcm.read()) is not None:
+            yield samples
+    pcm.end()
+    while (samples := pcm.read()) is not None:
+        yield samples
+    if pcm.torn:
+        raise UserError(f"{name}: ends within a sample ({pcm.torn}); wanted 16-bit samples of {channels} channels")
 
 
 def subtitle_paths(items: Iterable[Item], folder: Path, suffix: str) -> dict[Item, Path]:

@@ -37,7 +37,7 @@ def add_transcribe(verbs: Any) -> None:
             "kd speech transcribe --model exported --json --jobs 2 --out texts.jsonl --manifest calls.jsonl",
             "kd speech transcribe --model exported --srt lecture.mp3 > lecture.srt",
             'kd speech transcribe --model exported --mic --hot-word "kd suite=4"',
-            "arecord -t raw -f S16_LE -r 16000 | kd speech transcribe --model exported --stdin-pcm",
+            "arecord -t raw -f S16_LE -r 48000 | kd speech transcribe --model exported --stdin-pcm --rate 48000",
         ),
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="audio of any rate, width and number of channels")
@@ -45,7 +45,9 @@ def add_transcribe(verbs: Any) -> None:
     parser.add_argument("--manifest", type=Path, help="JSON lines with audio_filepath (and offset, duration, channel)")
     parser.add_argument("--mic", action="store_true", help="listen to the microphone until Ctrl-C")
     parser.add_argument("--device", help="number or name of the microphone (default the system's)")
-    parser.add_argument("--stdin-pcm", action="store_true", help="16-bit little-endian mono samples at 16 kHz on stdin")
+    parser.add_argument("--stdin-pcm", action="store_true", help="raw 16-bit little-endian samples on stdin")
+    parser.add_argument("--rate", type=int, help="samples a second of --stdin-pcm (default 16000)")
+    parser.add_argument("--channels", type=int, help="channels of --stdin-pcm; their mean is heard (default 1)")
     parser.add_argument("--channel", help="a channel from 0 (default the mean of all)")
     _add_output(parser)
     add_decoding(parser)
@@ -105,6 +107,9 @@ def run_transcribe(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs: got {args.jobs}, wanted 1 or more")
     if args.device is not None and not args.mic:
         raise UserError("--device: wanted --mic with it")
+    for name in ("rate", "channels"):
+        if getattr(args, name) is not None and not args.stdin_pcm:
+            raise UserError(f"--{name}: wanted --stdin-pcm with it; files and microphones say it themselves")
     setup = setup_of(args)
     if args.mic or args.stdin_pcm:
         return _live(args, setup)
@@ -219,7 +224,8 @@ def _live(args: argparse.Namespace, setup: Setup) -> int:
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: is for files; live audio is printed as it comes")
     device = int(args.device) if args.device and args.device.isdigit() else args.device
-    source = microphone(device) if args.mic else pcm_blocks(sys.stdin.buffer)
+    given = {name: value for name in ("rate", "channels") if (value := getattr(args, name)) is not None}
+    source = microphone(device) if args.mic else pcm_blocks(sys.stdin.buffer, **given)
     listening = Listening(_recognizer(setup), source)
     with interrupt_stops(listening):
         write(listening, _form(args), sys.stdout)

@@ -15,6 +15,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apps.speech.audio import resample
 from apps.speech.device.transcribe import Output, pcm_blocks
 from apps.speech.device.transcribe_cli import add_transcribe, run_transcribe
 from apps.speech.runtime import Recognizer
@@ -214,6 +215,13 @@ def test_live_audio_from_standard_input(
     monkeypatch.setattr(sys, "stdin", Stdin)
     assert run(folder, "--stdin-pcm", "--json") == 0
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["yes no", "day"]
+    # the same at 48 kHz in two channels
+    wide = np.repeat(resample(samples, 3, 1), 2)
+    Stdin.buffer = io.BytesIO((np.clip(wide, -1, 1) * 32767).astype("<i2").tobytes())
+    assert run(folder, "--stdin-pcm", "--rate", "48000", "--channels", "2") == 0
+    assert capsys.readouterr().out == "yes no\nday\n"
+    assert run(folder, "--stdin-pcm", "--rate", "4000") == 2
+    assert "rate: got 4000, wanted 8000 to 192000" in capsys.readouterr().err
     Stdin.buffer = io.BytesIO(raw + b"\0")
     assert run(folder, "--stdin-pcm") == 2
     out, err = capsys.readouterr()
@@ -265,6 +273,7 @@ def test_a_microphone_that_disappears_keeps_what_was_heard(
         (["a.wav", "--lm", "missing.arpa"], "missing.arpa"),
         (["a.wav", "--json", "--srt"], "not allowed with"),
         (["--stdin-pcm", "--out", "x"], "--out: is for files"),
+        (["--mic", "--rate", "48000"], "--rate: wanted --stdin-pcm with it"),
     ],
 )
 def test_what_is_asked_wrongly(folder: Path, words: list[str], message: str) -> None:
