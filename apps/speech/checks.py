@@ -28,6 +28,8 @@ def check_config(config: SpeechConfig) -> None:
     for name, each in config.knowledge.items():
         if not each.weight >= 0:
             raise UserError(f"knowledge.{name}.weight: got {each.weight}, wanted a weight >= 0")
+        if each.fade < 0:
+            raise UserError(f"knowledge.{name}.fade: got {each.fade}, wanted epochs, 0 or more")
         knowledge_options(name, each.options)
     wanted = needs({name: each.options for name, each in config.knowledge.items()})
     if wanted.attention and (config.teacher.kind != "attention" or config.teacher.members or config.teacher.path):

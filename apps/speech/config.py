@@ -12,6 +12,7 @@ from apps.speech.spec_augment import SpecAugment
 from apps.speech.text import TextRules
 from kdcore.config import UserError, build, resolved
 from kdcore.recipes import Recipes
+from kdcore.teaching import Schedule
 from kdcore.trainer import TrainerConfig
 
 
@@ -118,7 +119,14 @@ class KnowledgeConfig:
     """One way of teaching, and how much it counts beside the labels."""
 
     weight: float = 1.0
+    # epochs in which the weight falls to 0, where the teacher only gives the student a start; 0: it stays
+    fade: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The weight over the epochs."""
+        return Schedule(self.weight, 0.0, "linear", epochs=self.fade) if self.fade else Schedule(self.weight)
 
 
 @dataclass(frozen=True)

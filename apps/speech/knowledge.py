@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -136,6 +136,8 @@ def delayed_spikes(
     return losses.guided_spikes(late, teacher[:, : late.shape[1]], frames, reduction=reduction, **options)
 
 
+# of a term: the same in every epoch, or not
+Weight = float | Schedule
 # the width of a layer, by its path
 Width = Callable[[str], int]
 
@@ -155,54 +157,61 @@ class Kind:
 
     options: type[Any]
     need: Callable[[Any], Need]
-    terms: Callable[[Any, float, Pair], list[Term]]
+    terms: Callable[[Any, Weight, Pair], list[Term]]
 
 
-def _frame(options: FrameOptions, weight: float, pair: Pair) -> list[Term]:
+def _frame(options: FrameOptions, weight: Weight, pair: Pair) -> list[Term]:
     return [Term("frame", losses.frame_ctc, {}, {"blank": pair.blank, **vars(options)}, weight)]
 
 
-def _sequence(options: SequenceOptions, weight: float, pair: Pair) -> list[Term]:
+def _sequence(options: SequenceOptions, weight: Weight, pair: Pair) -> list[Term]:
     given = {"blank": pair.blank, "temperature": options.temperature}
     return [Term("sequence", losses.sequence_ctc, {}, given, weight)]
 
 
-def _segment(options: SegmentOptions, weight: float, pair: Pair) -> list[Term]:
+def _segment(options: SegmentOptions, weight: Weight, pair: Pair) -> list[Term]:
     given = {"blank": pair.blank, "temperature": options.temperature}
     return [Term("segment", losses.segment_ctc, {}, given, weight)]
 
 
-def _attention(options: AttentionTargets, weight: float, pair: Pair) -> list[Term]:
+def _attention(options: AttentionTargets, weight: Weight, pair: Pair) -> list[Term]:
     given = {"blank": pair.blank, **vars(options)}
     return [Term("attention", losses.frame_ctc, {"teacher": "teacher.attention"}, given, weight)]
 
 
-def _guided(options: GuidedOptions, weight: float, pair: Pair) -> list[Term]:
+def _guided(options: GuidedOptions, weight: Weight, pair: Pair) -> list[Term]:
     given = {"blank": pair.blank, "form": options.form}
     return [Term("guided", partial(delayed_spikes, delay=options.delay), {}, given, weight)]
 
 
-def _hinted(name: str, student: str, teacher: str, delay: int, weight: float | Schedule, pair: Pair) -> Term:
+def _hinted(name: str, student: str, teacher: str, delay: int, weight: Weight, pair: Pair) -> Term:
     loss = DelayedHint(pair.student(student), pair.teacher(teacher), delay)
     return Term(name, loss, {"student": f"student.{student}", "teacher": f"teacher.{teacher}"}, {}, weight)
 
 
-def _hint(options: HintOptions, weight: float, pair: Pair) -> list[Term]:
+def _hint(options: HintOptions, weight: Weight, pair: Pair) -> list[Term]:
     return [_hinted("hint", "encoder", "encoder", options.delay, weight, pair)]
 
 
-def _layers(options: LayersOptions, weight: float, pair: Pair) -> list[Term]:
+def _layers(options: LayersOptions, weight: Weight, pair: Pair) -> list[Term]:
     return [
         _hinted(
             f"layers_{place}",
             f"blocks.{own}.norm",
             f"blocks.{theirs}.norm",
             options.delay,
-            Schedule(weight, delay=place * options.progress),
+            _later(weight, place * options.progress),
             pair,
         )
         for place, (own, theirs) in enumerate(zip(options.student, options.teacher, strict=True))
     ]
+
+
+def _later(weight: Weight, epoch: int) -> Weight:
+    """Return a weight that is 0 before an epoch."""
+    if isinstance(weight, Schedule):
+        return replace(weight, delay=weight.delay + epoch)
+    return Schedule(weight, delay=epoch)
 
 
 def _blocks(numbers: Sequence[int]) -> tuple[str, ...]:
@@ -257,6 +266,6 @@ def needs(given: Mapping[str, Mapping[str, Any]]) -> Need:
     )
 
 
-def terms(name: str, options: Mapping[str, Any], weight: float, pair: Pair) -> list[Term]:
+def terms(name: str, options: Mapping[str, Any], weight: Weight, pair: Pair) -> list[Term]:
     """Return the terms of a way of teaching."""
     return KNOWLEDGE[name].terms(knowledge_options(name, options), weight, pair)

@@ -164,7 +164,7 @@ class Pipeline:
         def terms(model: AcousticModel) -> Sequence[Term]:
             pair = Pair(model.classes - 1, model.width, teacher.width)
             given = self.config.knowledge.items()
-            return [term for name, each in given for term in knowledge.terms(name, each.options, each.weight, pair)]
+            return [term for name, each in given for term in knowledge.terms(name, each.options, each.schedule, pair)]
 
         shared = seed if self.config.teacher.seed is None else None
         lessons = self._lessons([(each, view) for _, view, each in heard], shared, given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apps.speech.config import KnowledgeConfig
 from apps.speech.knowledge import KNOWLEDGE, DelayedHint, Pair, delayed_spikes, knowledge_options, needs, terms
 from apps.speech.lessons import Cuts, NBest
 from kdcore import losses
@@ -100,3 +101,15 @@ def test_layers_come_from_the_bottom_each_with_its_projection() -> None:
     torch.testing.assert_close(found["layers_1"], expected)
     with pytest.raises(UserError, match="as many blocks of both"):
         knowledge_options("layers", {"student": [0], "teacher": [0, 1]})
+
+
+def test_a_weight_that_falls() -> None:
+    given = KnowledgeConfig(weight=6.0, fade=3)
+    pair = Pair(5, lambda layer: 6, lambda layer: 7)
+    frame, *_ = terms("frame", {}, given.schedule, pair)
+    assert [frame.schedule.at(epoch) for epoch in range(5)] == [6.0, 4.0, 2.0, 0.0, 0.0]
+    first, second = terms("layers", {"student": [0, 1], "teacher": [1, 3], "progress": 2}, given.schedule, pair)
+    assert [first.schedule.at(epoch) for epoch in range(4)] == [6.0, 4.0, 2.0, 0.0]
+    # each pair has the fall for itself, from its beginning
+    assert [second.schedule.at(epoch) for epoch in range(6)] == [0.0, 0.0, 6.0, 4.0, 2.0, 0.0]
+    assert KnowledgeConfig(weight=6.0).schedule.at(100) == 6.0

@@ -171,6 +171,7 @@ def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None
     [
         ({"knowledge": {}}, "knowledge: wanted at least one"),
         ({"knowledge": {"sequnce": {}}}, "nearest|sequence"),
+        ({"knowledge": {"frame": {"fade": -1}}}, r"knowledge\.frame\.fade: got -1, wanted epochs"),
         ({"views": [{"student": "speed:0.9", "teacher": "clean"}]}, "not of one length"),
         ({"views": []}, "at least one pair"),
         ({"seeds": [0, 0]}, "distinct seeds"),
