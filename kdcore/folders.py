@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcore.config import UserError
+from kdcore.run import flush
 
 # whether a folder is one that the caller wrote, so that it may give way
 Ours = Callable[[Path], bool]
@@ -37,7 +38,7 @@ def replacing(out: Path, ours: Ours) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+            flush(path)
         check_target(out, ours)
         # a rename onto a folder that is not empty fails, so the earlier export steps aside
         if out.exists():
@@ -48,15 +49,7 @@ def replacing(out: Path, ours: Ours) -> Iterator[Path]:
             if aside.exists():
                 os.replace(aside, out)
             raise
-        _flush(out.parent)
+        flush(out.parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
