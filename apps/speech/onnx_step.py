@@ -92,7 +92,8 @@ class OnnxStep(nn.Module):
         return (
             torch.log_softmax(logits, 2),
             # of a window that is cut short those that begin in it
-            torch.div(length + (SUBSAMPLING - 1), SUBSAMPLING, rounding_mode="floor"),
+            # (which is not below 0: to truncate is one operation, to round down are ten)
+            torch.div(length + (SUBSAMPLING - 1), SUBSAMPLING, rounding_mode="trunc"),
             _pack(following[_FRONT:], self.channel),
             _pack(following[:_FRONT], self.time),
             count,
@@ -131,12 +132,40 @@ def inputs_of(window: Tensor, caches: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def unrolled(model: StreamingModel) -> StreamingModel:
-    """Return a copy of a model whose GRUs are products frame by frame: onnxruntime has int8 for those alone."""
+    """Return a copy of a model in operations that onnxruntime is good at.
+
+    GRUs are products frame by frame, of which alone it has int8; convolutions of single channels over time, for which
+    it has no fast kernel, are sums.
+    """
     made = copy.deepcopy(model)
     for name, layer in list(made.named_modules()):
         if isinstance(layer, nn.GRU):
             made.set_submodule(name, UnrolledGru(layer))
+        elif isinstance(layer, nn.Conv1d) and layer.groups == layer.in_channels == layer.out_channels:
+            made.set_submodule(name, SummedConvolution(layer))
     return made
+
+
+class SummedConvolution(nn.Module):
+    """A convolution of each channel by itself, ``nn.Conv1d`` with as many groups, as a sum over the kernel."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Conv1d) -> None:
+        super().__init__()
+        if layer.stride != (1,) or layer.padding != (0,) or layer.dilation != (1,) or layer.bias is None:
+            raise ValueError(f"layer: got {layer}, wanted stride 1, a bias, neither padding nor dilation")
+        self.register_buffer("weight", layer.weight.detach()[:, 0].T.contiguous())
+        self.register_buffer("bias", layer.bias.detach().clone())
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return [B, D, T - K + 1] of frames [B, D, T]."""
+        size = len(self.weight)
+        # a constant of the graph, since a step has always as many frames
+        places = torch.tensor([[start + place for place in range(size)] for start in range(frames.shape[2] - size + 1)])
+        summed = (frames.transpose(1, 2)[:, places] * self.weight).sum(2) + self.bias
+        return summed.transpose(1, 2)
 
 
 class UnrolledGru(nn.Module):
@@ -192,8 +221,8 @@ def _parts(values: Sequence[tuple[Tensor, int]]) -> list[_Part]:
 
 
 def _unpack(cache: Tensor, parts: Sequence[_Part]) -> State:
-    flat = cache.flatten(1)
-    values = [flat[:, part.start : part.stop].reshape(-1, *part.shape) for part in parts]
+    pieces = cache.flatten(1).split([part.stop - part.start for part in parts], 1)
+    values = [piece.reshape(-1, *part.shape) for piece, part in zip(pieces, parts, strict=True)]
     # [B, 1, ...] to [1, B, ...]
     return tuple(value.transpose(0, 1) if part.axis else value for value, part in zip(values, parts, strict=True))
 

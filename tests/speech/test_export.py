@@ -27,7 +27,7 @@ from apps.speech.export import Clip, export, export_model, prove
 from apps.speech.features import SAMPLE_RATE, SILENCE, fbank, with_tail
 from apps.speech.models import StreamingModel, new_model
 from apps.speech.models.base import output_lengths
-from apps.speech.onnx_step import OnnxStep
+from apps.speech.onnx_step import OnnxStep, SummedConvolution
 from apps.speech.units import Units, train_sentencepiece
 from kdcore.config import UserError
 from kdcore.onnx_export import ParityError
@@ -116,6 +116,14 @@ def test_a_gru_is_int8_too(tmp_path: Path) -> None:
     export_model(made("conv_rnn", {**LITTLE, "hidden": 128, "cell": "gru"}), UNITS, tmp_path / "out", noises(1), "gru")
     float32, int8 = ((tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.int8.onnx"))
     assert int8 < 0.4 * float32
+
+
+def test_a_convolution_of_single_channels_is_a_sum() -> None:
+    torch.manual_seed(0)
+    layer, frames = torch.nn.Conv1d(6, 6, 3, groups=6), torch.randn(2, 6, 9)
+    torch.testing.assert_close(SummedConvolution(layer)(frames), layer(frames))
+    with pytest.raises(ValueError, match="neither padding"):
+        SummedConvolution(torch.nn.Conv1d(6, 6, 3, groups=6, padding=1))
 
 
 def test_what_the_folder_says_of_itself(tmp_path: Path) -> None:
