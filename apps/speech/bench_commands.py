@@ -18,8 +18,6 @@ from typing import Any
 from kdcore.child_processes import environment, pinned
 from kdcore.config import UserError
 
-# of the cold start and the import; the median counts
-_STARTS = 5
 _IMPORT = """
 import sys, time
 began = time.perf_counter()
@@ -80,11 +78,11 @@ def transcribed(folder: Path, files: Sequence[Path], options: Sequence[str] = ()
     }
 
 
-def starts(folder: Path, clip: Path) -> dict[str, float]:
+def starts(folder: Path, clip: Path, repeats: int = 5) -> dict[str, float]:
     """Return medians in seconds: until a short file's first word is printed, and from the import until it could be."""
     command = ["-m", "apps.cli", "speech", "transcribe", "--model", str(folder), str(clip)]
-    first = [ran(command).first_seconds for _ in range(_STARTS)]
-    ready = [float(ran(["-c", _IMPORT, str(folder)]).output) for _ in range(_STARTS)]
+    first = [ran(command).first_seconds for _ in range(repeats)]
+    ready = [float(ran(["-c", _IMPORT, str(folder)]).output) for _ in range(repeats)]
     return {"first_word_seconds": statistics.median(first), "ready_seconds": statistics.median(ready)}
 
 

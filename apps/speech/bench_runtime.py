@@ -58,6 +58,7 @@ def run(
     streams: int = 40,
     stream_seconds: float = 15.0,
     hour: float = 3600.0,
+    repeats: int = 5,
     overrides: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Measure the student that ``bench quality`` has (or trains it now), exported, on the test part.
@@ -65,6 +66,7 @@ def run(
     Options:
         streams, stream_seconds: live streams at once, and what each says.
         hour: seconds of the long file.
+        repeats: of what is measured from the start of a process.
 
     Raises:
         UserError: no such data.
@@ -79,7 +81,7 @@ def run(
         "size": bench.sizes(),
         "installed": installed("ondevice"),
         "commands": commands,
-        "starts": starts(bench.folder, bench.shortest),
+        "starts": starts(bench.folder, bench.shortest, repeats),
         "word_error_rate": bench.error_rates(texts),
         "sherpa_onnx": bench.beside_sherpa(texts),
         "streaming": bench.streaming(texts["int8"]),

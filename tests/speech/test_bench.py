@@ -123,7 +123,15 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
 
 
 def test_runtime_measures_what_was_exported(data: Path, tmp_path: Path) -> None:
-    given = {"data": str(data), "seeds": [0], "streams": 2, "stream_seconds": 1.0, "hour": 5.0, "overrides": TINY}
+    given = {
+        "data": str(data),
+        "seeds": [0],
+        "streams": 2,
+        "stream_seconds": 1.0,
+        "hour": 5.0,
+        "repeats": 1,
+        "overrides": TINY,
+    }
     found = bench_runtime.run(tmp_path, **given)  # type: ignore[arg-type]
     folder = tmp_path / f"speech-{data.name}-runtime" / "exported"
     bytes_of = {file.name: file.stat().st_size for file in folder.iterdir()}
