@@ -106,7 +106,7 @@ def test_nothing_and_silence(served: Served) -> None:
 @pytest.mark.parametrize(
     ("query", "field"),
     [
-        ("rate=8000", "rate"),
+        ("rate=7999", "rate"),
         ("rate=x", "rate"),
         ("rate=١٦٠٠٠", "rate"),
         ("channels=33", "channels"),
