@@ -159,10 +159,16 @@ class Segmenter:
         return [segment]
 
     def _timed(self, words: Sequence[Word]) -> list[Word]:
-        """Return words with the times of the audio instead of the segment's."""
+        """Return words with the times of the audio instead of the segment's, in ms, and confidences to four places."""
         shift = self._first * FRAME_SECONDS
         return [
-            {**word, "start": round(word["start"] + shift, 3), "end": round(word["end"] + shift, 3)} for word in words
+            {
+                "word": word["word"],
+                "start": round(word["start"] + shift, 3),
+                "end": round(word["end"] + shift, 3),
+                "confidence": round(word["confidence"], 4),
+            }
+            for word in words
         ]
 
 
