@@ -235,13 +235,14 @@ def _add_export(verbs: Any) -> None:
         "--model", choices=("student", "student_alone"), default="student", help="which (default student)"
     )
     parser.add_argument("--name", help="of the model (default the run's)")
+    parser.add_argument("--only", choices=("int8", "fp32"), help="keep that model file alone (default both)")
     parser.add_argument("--licence", help="of the data, for the card (default what is stated beside it)")
 
 
 def _export(args: argparse.Namespace) -> int:
     from apps.speech.export import export
 
-    print(export(args.run, args.model, args.out, name=args.name, licence=args.licence))
+    print(export(args.run, args.model, args.out, name=args.name, licence=args.licence, only=args.only))
     return 0
 
 

@@ -52,12 +52,14 @@ from kdcore.run import read_json, write_json, write_text
 
 # of log-probabilities, between onnxruntime and PyTorch and between a stream and the whole
 _TOLERANCE = 1e-4
+# what --only names
+_ONLY = {"int8": INT8_MODEL, "fp32": MODEL}
 # utterances on which that is proved, and their feature frames at most
 _PROVED, _LONGEST = 3, 1000
 # utterances that both models transcribe
 _MOST_CLIPS = 1000
 # seconds of a clip that is not too short to say something nor too long to ship
-_CLIP_SECONDS = (1.0, 8.0)
+_CLIP_SECONDS = (1.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,15 @@ class Clip:
     text: str | None = None
 
 
-def export(run: Path, role: str, out: Path, *, name: str | None = None, licence: str | None = None) -> Path:
+def export(
+    run: Path,
+    role: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    licence: str | None = None,
+    only: str | None = None,
+) -> Path:
     """Write the deployed student of a finished run to ``out`` and return it; the folder appears whole or not at all.
 
     Files: ``model.onnx`` and ``model.int8.onnx``, ``tokens.txt``, ``self_test.wav`` (a recording of the test part),
@@ -80,6 +90,7 @@ def export(run: Path, role: str, out: Path, *, name: str | None = None, licence:
         role: ``student`` or ``student_alone``.
         name: of the model; that of the run's folder otherwise.
         licence: of the data, for the card; what is stated beside the recordings otherwise.
+        only: ``int8`` or ``fp32`` keeps that model file alone, for a small download.
 
     Raises:
         UserError: an unfinished run, a model that does not stream, or ``out`` holds something else.
@@ -97,7 +108,7 @@ def export(run: Path, role: str, out: Path, *, name: str | None = None, licence:
     calibration = Calibration(**read_json(file)) if file.exists() else None
     decode = _decoding(pipeline, role, facts.seed)
     clips, name = _clips(pipeline), name or run.name
-    export_model(model, units, out, clips, name, calibration=calibration, decode=decode, run=facts)
+    export_model(model, units, out, clips, name, calibration=calibration, decode=decode, run=facts, only=only)
     return out
 
 
@@ -111,6 +122,7 @@ def export_model(
     calibration: Calibration | None = None,
     decode: Mapping[str, Any] | None = None,
     run: RunFacts | None = None,
+    only: str | None = None,
 ) -> None:
     """Write any streaming model as ``export`` does.
 
@@ -120,6 +132,7 @@ def export_model(
         calibration: what makes confidences probabilities.
         decode: settings of use in decoding, as they are stored.
         run: what the card says of data, training and accuracy.
+        only: as ``export``; the other model is compared with all the same.
 
     Raises:
         UserError, ParityError: as ``export``.
@@ -138,6 +151,9 @@ def export_model(
         parity = prove(model, step, folder / MODEL, [_features(clip)[:_LONGEST] for clip in first])
         compared = _compare(folder, step.window, units, _chain(first, given))
         _write_clip(folder / CLIP, compared.samples)
+        kept = MODELS if only is None else (_ONLY[only],)
+        for left_out in set(MODELS) - set(kept):
+            (folder / left_out).unlink()
         card = Card(
             name=name,
             kind=model.kind,
@@ -147,14 +163,17 @@ def export_model(
             chunk_ms=model.chunk_frames * FRAME_MS,
             look_ahead_ms=model.look_ahead_ms,
             parity=parity,
-            models=compared.files,
+            models=tuple(each for each in compared.files if each.name in kept),
             clip=f"recording {compared.name}",
             clip_text=compared.texts[MODEL],
             run=run,
         )
         write_text(folder / CARD, render(card))
         about = {**_about(card, calibration), "decode": dict(decode or {})}
-        about |= {"self_test": {"audio": CLIP, "text": compared.texts}, "files": _checksums(folder)}
+        about |= {
+            "self_test": {"audio": CLIP, "text": {file: compared.texts[file] for file in kept}},
+            "files": _checksums(folder),
+        }
         write_json(folder / ABOUT, about)
 
 

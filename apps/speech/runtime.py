@@ -23,7 +23,7 @@ from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.endpoint import RULES, Rule
 from apps.speech.device.decoding import Decoder, Decoding
 from apps.speech.device.endpointing import Segment, Segmenter
-from apps.speech.device.folder import INPUTS, ExportedFolder
+from apps.speech.device.folder import INPUTS, TOKENS, ExportedFolder
 from apps.speech.device.spelling import Symbols
 from apps.speech.device.vad import Gate, GateOptions
 from apps.speech.features import FEATURES, SAMPLE_RATE, TAIL_MS, OnlineFeatures
@@ -38,6 +38,8 @@ __all__ = ["Decoding", "Recognizer", "Rule", "Segment", "Stream", "Update"]
 _PACKET = 160_000
 # seconds before the end of a pause that are heard again by a model that starts afresh, for the onset of a word in them
 _AGAIN_SECONDS = 0.48
+# onnxruntime starts as many as it is told, needed or not
+_MOST_THREADS = 64
 # the log-posterior of a symbol in a frame that nobody heard
 _UNHEARD = -30.0
 
@@ -83,9 +85,11 @@ class Recognizer:
         endpoint: Sequence[Rule] | None = RULES,
         gate: GateOptions | None = None,
     ) -> None:
-        if threads < 1:
-            raise UserError(f"threads: got {threads}, wanted 1 or more")
+        if not 1 <= threads <= _MOST_THREADS:
+            raise UserError(f"threads: got {threads}, wanted 1 to {_MOST_THREADS}")
         self.folder = ExportedFolder.open(folder)
+        # files of two exports may be of one size
+        self.folder.verify(TOKENS, self.folder.model(int8).name)
         self.symbols = Symbols(self.folder.symbols)
         decoding = decoding or Decoding()
         given = self.folder.confidence

@@ -28,6 +28,7 @@ from apps.speech.features import SAMPLE_RATE, SILENCE, fbank, with_tail
 from apps.speech.models import StreamingModel, new_model
 from apps.speech.models.base import output_lengths
 from apps.speech.onnx_step import OnnxStep, SummedConvolution
+from apps.speech.runtime import Recognizer
 from apps.speech.units import Units, train_sentencepiece
 from kdcore.config import UserError
 from kdcore.onnx_export import ParityError
@@ -243,6 +244,19 @@ def test_a_run_becomes_a_folder_with_its_card(run_folder: Path, tmp_path: Path) 
     assert "are simulated" in card and "how well any of them hears people was not measured" in card
     assert "The data states no licence." in card and "recipe `demo`" in card
     assert all(finding.ok for finding in check_folder(tmp_path / "out"))
+
+
+def test_one_model_alone_is_a_small_folder(run_folder: Path, tmp_path: Path) -> None:
+    both, one = (
+        export(run_folder, "student", tmp_path / name, only=only) for name, only in (("a", None), ("b", "int8"))
+    )
+    folder = ExportedFolder.open(one, verify=True)
+    assert folder.models == ("model.int8.onnx",) and not (one / "model.onnx").exists()
+    assert (one / "model.int8.onnx").read_bytes() == (both / "model.int8.onnx").read_bytes()
+    assert "`model.onnx`" not in (one / "README.md").read_text(encoding="utf-8")
+    assert all(finding.ok for finding in check_folder(one))
+    with pytest.raises(UserError, match="was not exported"):
+        Recognizer(one, int8=False)
 
 
 def test_a_teacher_is_not_exported(run_folder: Path, tmp_path: Path) -> None:

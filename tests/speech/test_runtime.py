@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -273,13 +275,17 @@ def test_long_audio_takes_no_more_memory_than_a_minute(folder: Path) -> None:
 def test_a_folder_that_does_not_fit_its_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="threads"):
         Recognizer(folder, threads=0)
+    with pytest.raises(UserError, match="threads: got 100000, wanted 1 to 64"):
+        Recognizer(folder, threads=100_000)
     other = export_tones(tmp_path / "other")
     about = json.loads((other / "kdsuite.json").read_text(encoding="utf-8"))
     (other / "model.int8.onnx").write_bytes(b"no model")
-    about["files"]["model.int8.onnx"]["bytes"] = 8
     tokens = (other / "tokens.txt").read_text(encoding="utf-8").replace("<blk> 8", "z 8\n<blk> 9")
     (other / "tokens.txt").write_text(tokens, encoding="utf-8")
-    about["files"]["tokens.txt"]["bytes"] = (other / "tokens.txt").stat().st_size
+    # a folder that was made so, not one that was changed
+    for name in ("model.int8.onnx", "tokens.txt"):
+        data = (other / name).read_bytes()
+        about["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (other / "kdsuite.json").write_text(json.dumps(about), encoding="utf-8")
     with pytest.raises(UserError, match=r"model\.int8\.onnx: cannot be run"):
         Recognizer(other)
@@ -302,3 +308,16 @@ def test_no_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["tokens.txt", "model.int8.onnx"])
+def test_a_file_of_another_export_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    # of the same size: two symbols change places, some weights
+    before = (other / name).read_bytes()
+    swapped = before.translate(bytes.maketrans(b"ad", b"da"))
+    (other / name).write_bytes(swapped)
+    assert swapped != before
+    with pytest.raises(UserError, match=f"{name}: was changed since the export"):
+        Recognizer(other)

@@ -91,8 +91,8 @@ class ExportedFolder:
         about = _read_about(root)
         for name, listed in about["files"].items():
             _check_file(root, name, listed)
-            if verify and sha256(root / name) != listed.sha256:
-                raise UserError(f"{root / name}: was changed since the export: its SHA-256 is not that of {ABOUT}")
+            if verify:
+                _check_hash(root, name, listed)
         return cls(path=root, **about, symbols=_read_tokens(root / TOKENS))
 
     @property
@@ -111,6 +111,11 @@ class ExportedFolder:
         if name not in self.files:
             raise UserError(f"{self.path / name}: was not exported; the folder has {', '.join(self.models)}")
         return self.path / name
+
+    def verify(self, *names: str) -> None:
+        """Raise UserError if one of these files was changed since the export, or comes from another one."""
+        for name in names:
+            _check_hash(self.path, name, self.files[name])
 
     def extra_files(self) -> list[str]:
         """Return the names of what is in the folder and not in its list."""
@@ -192,6 +197,11 @@ def _check_file(root: Path, name: str, listed: Listed) -> None:
     if about.st_size != listed.bytes:
         what = "is truncated" if about.st_size < listed.bytes else "is not the file that was exported"
         raise UserError(f"{path}: {what}: it has {about.st_size:,} bytes, {ABOUT} says {listed.bytes:,}")
+
+
+def _check_hash(root: Path, name: str, listed: Listed) -> None:
+    if sha256(root / name) != listed.sha256:
+        raise UserError(f"{root / name}: was changed since the export: its SHA-256 is not that of {ABOUT}")
 
 
 def _refuse_link(path: Path) -> None:
