@@ -87,10 +87,8 @@ def starts(folder: Path, clip: Path, repeats: int = 5) -> dict[str, float]:
 
 
 def installed(extra: str, name: str = "kdsuite") -> dict[str, Any]:
-    """Return the bytes that an extra adds to an environment, and of them those of each distribution."""
-    base = _closure(name, "")
-    added = _closure(name, extra) - base
-    each = {one: _bytes(one) for one in sorted(added)}
+    """Return the megabytes that an extra brings into an empty environment, and those of each distribution."""
+    each = {one: _bytes(one) for one in sorted(_closure(name, extra))}
     return {"megabytes": sum(each.values()) / 1e6, "distributions": {one: size / 1e6 for one, size in each.items()}}
 
 
