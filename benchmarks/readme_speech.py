@@ -26,12 +26,14 @@ def quality(result: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for recipe, run in result["runs"].items():
-        said = []
+        said, shown = [], False
         for metric, how in (("wer", "best path"), ("wer_lm", "with language model")):
             found = run["differences"].get(f"{metric} against student_alone, by utterance")
             if found is not None:
                 said.append(f"{how} {_points(found)}")
-        lines.append(f"`{recipe}`: student minus student alone, points: {'; '.join(said)}.")
+                shown = shown or (found["high"] is not None and found["high"] < 0)
+        verdict = "" if shown else " **No gain of the teacher is shown.**"
+        lines.append(f"`{recipe}`: student minus student alone, points: {'; '.join(said)}.{verdict}")
     return "\n".join([*lines, "", f"{result['data']}; intervals 95 % over utterances and seeds. {_command('quality')}"])
 
 
