@@ -18,6 +18,16 @@ from typing import Any
 from kdcore.child_processes import environment, pinned
 from kdcore.config import UserError
 
+# a process of its own that is small: the peak of a child begins with what its parent had
+_LAUNCH = """
+import json, os, sys, time
+began = time.monotonic()
+child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, used = os.wait4(child, 0)
+with open(int(sys.argv[1]), "w") as told:
+    json.dump([began, time.monotonic(), used.ru_utime + used.ru_stime, used.ru_maxrss], told)
+sys.exit(os.waitstatus_to_exitcode(status) and 1)
+"""
 _IMPORT = """
 import sys, time
 began = time.perf_counter()
@@ -41,27 +51,27 @@ class Ran:
 def ran(words: Sequence[str]) -> Ran:
     """Run a Python command on one core and return what it cost; UserError with its last line where it fails."""
     core = sorted(os.sched_getaffinity(0))[-1:]
-    started = time.perf_counter()
-    with pinned(core):
+    told, tell = os.pipe()
+    with pinned(core), open(told, encoding="utf-8") as used:
         process = subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, "-S", "-c", _LAUNCH, str(tell), sys.executable, *words],
             env={**environment(), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            pass_fds=(tell,),
         )
-    if process.stdout is None or process.stderr is None:
-        raise ValueError("process: has no pipes")
-    first = process.stdout.read(1)
-    first_seconds = time.perf_counter() - started
-    output, errors = first + process.stdout.read(), process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{' '.join(words[:5])}: {errors.decode(errors='replace').strip().splitlines()[-1:]}")
-    seconds = time.perf_counter() - started
-    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Ran(output.decode(), first_seconds, seconds, used.ru_utime + used.ru_stime, peak)
+        os.close(tell)
+        if process.stdout is None or process.stderr is None:
+            raise ValueError("process: has no pipes")
+        first, first_seconds = process.stdout.read(1), time.monotonic()
+        output, errors = first + process.stdout.read(), process.stderr.read()
+        process.wait()
+        if process.returncode:
+            raise UserError(f"{' '.join(words[:5])}: {errors.decode(errors='replace').strip().splitlines()[-1:]}")
+        began, ended, cpu, peak = json.load(used)
+    bytes_of = 1 if sys.platform == "darwin" else 1024
+    return Ran(output.decode(), first_seconds - began, ended - began, cpu, peak * bytes_of)
 
 
 def transcribed(folder: Path, files: Sequence[Path], options: Sequence[str] = ()) -> tuple[list[str], dict[str, float]]:
