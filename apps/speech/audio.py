@@ -78,11 +78,13 @@ def decode_audio(data: bytes, name: str, *, channel: int | str = "mix") -> np.nd
         return _read(handle, name, channel, 0.0, None)
 
 
-def blocks(path: PathLike, seconds: float, *, channel: int | str = "mix") -> Iterator[np.ndarray]:
+def blocks(
+    path: PathLike, seconds: float, *, channel: int | str = "mix", start: float = 0.0, length: float | None = None
+) -> Iterator[np.ndarray]:
     """Yield a file of any length in blocks float32 [seconds * 16000] (the last one shorter), in constant memory.
 
-    Put together they are what ``read_audio`` returns: resampling does not see the cuts. Errors as there; one in the
-    middle of a file comes after the blocks before it.
+    Put together they are what ``read_audio`` returns (its ``seconds`` is ``length`` here): resampling does not see the
+    cuts. Errors as there; one in the middle of a file comes after the blocks before it.
     """
     size = round(seconds * SAMPLE_RATE)
     if size < 1:
@@ -90,7 +92,7 @@ def blocks(path: PathLike, seconds: float, *, channel: int | str = "mix") -> Ite
     with _opened(path) as (handle, name):
         kept: list[np.ndarray] = []
         count = 0
-        for piece in _stream(handle, name, channel, None):
+        for piece in _stream(handle, name, channel, _begun(handle, name, start, length)):
             kept.append(piece)
             count += len(piece)
             if count >= size:
@@ -215,9 +217,8 @@ def _refuse_truncated(handle: soundfile.SoundFile, stream: io.BufferedReader | i
             )
 
 
-def _read(
-    handle: soundfile.SoundFile, name: str, channel: int | str, start: float, seconds: float | None
-) -> np.ndarray:
+def _begun(handle: soundfile.SoundFile, name: str, start: float, seconds: float | None) -> int | None:
+    """Go to where a part begins; return how many frames it has at most."""
     if not (start >= 0 and math.isfinite(start)) or (seconds is not None and not seconds > 0):
         raise ValueError(f"start, seconds: got {start}, {seconds}, wanted start >= 0 and seconds > 0")
     rate, frames = handle.samplerate, handle.frames
@@ -226,9 +227,14 @@ def _read(
         raise UserError(f"{name}: begins at {start:g} s, but is only {frames / rate:g} s long")
     if first:
         handle.seek(first)
-    limit = None if seconds is None else max(1, round(seconds * rate))
+    return None if seconds is None else max(1, round(seconds * rate))
+
+
+def _read(
+    handle: soundfile.SoundFile, name: str, channel: int | str, start: float, seconds: float | None
+) -> np.ndarray:
     pieces, count = [], 0
-    for piece in _stream(handle, name, channel, limit):
+    for piece in _stream(handle, name, channel, _begun(handle, name, start, seconds)):
         pieces.append(piece)
         count += len(piece)
         if count > LONGEST_SECONDS * SAMPLE_RATE:

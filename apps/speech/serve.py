@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from apps.speech.server.app import build
+from apps.speech.server.open_files import allow_open_files
 from apps.speech.server.websocket import BoundedWebSocket
 from kdcore.bounded_http import BoundedHttp, sweep
 from kdcore.json_logs import configure_logging
@@ -77,6 +78,7 @@ def serve(recognizer: Recognizer, settings: ServeSettings, announce: Callable[[s
     configure_logging()
     for name in ("uvicorn.error", "python_multipart"):  # a request has a line of its own, with what is wrong with it
         logging.getLogger(name).setLevel(logging.ERROR)
+    allow_open_files(settings)
     listener = listening_socket(settings.host, settings.port)
     try:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

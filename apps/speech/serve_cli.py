@@ -20,7 +20,7 @@ _LIMITS: tuple[tuple[str, int | float, int | float, str], ...] = (
     ("max_upload", 100 << 20, 1024, "bytes of a request with a file"),
     ("max_message", 1 << 20, 1024, "bytes of a WebSocket message"),
     ("max_seconds", 7200.0, 0.1, "seconds of audio of a stream or file"),
-    ("idle_seconds", 30.0, 0.1, "a stream that sends nothing for so long is ended"),
+    ("idle_seconds", 30.0, 0.1, "a stream that sends no audio for so long is ended"),
     ("receive_seconds", 30.0, 0.1, "how long the head of a request may take, and an upload may pause"),
     ("send_seconds", 10.0, 0.1, "how long a client may leave an answer unread"),
     ("drain_seconds", 30.0, 0.1, "what a stopping service finishes its work in"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from kdcore.config import UserError
 
 if TYPE_CHECKING:
     from apps.speech.runtime import Recognizer, Segment, Update
+
+# what would steer a terminal or reorder its line: control characters, line separators, directions; and surrogates
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Form = Callable[[Iterable["Update"]], Iterator[str]]
 
@@ -62,6 +66,17 @@ def interrupt_stops(listening: Listening) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def printable(text: str) -> str:
+    """Return a file's name (or a message with one) for a line of text: what is no character to show is escaped."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """Return a row of JSON lines for a file or terminal; ``json.loads`` gives back also names that are not UTF-8."""
+    text = json.dumps(row, ensure_ascii=False)
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def as_lines(updates: Iterable[Update]) -> Iterator[str]:
@@ -127,4 +142,4 @@ def _words(updates: Iterable[Update]) -> Iterator[Word]:
 
 def _json(segment: Segment) -> str:
     row = {"text": segment.text, "start": segment.start, "end": segment.end, "words": list(segment.words)}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_line(row)

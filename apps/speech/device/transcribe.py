@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -17,24 +17,34 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from apps.speech.audio import blocks, read_audio
+from apps.speech.audio import audio_info, blocks
 from apps.speech.decode.words import Word
+from apps.speech.device.live import json_line
 from apps.speech.device.pcm import Pcm
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
+    from apps.speech.data.manifest import Row
+    from apps.speech.data.utterance import Utterance
     from apps.speech.device.vad import GateOptions
     from apps.speech.runtime import Decoding, Recognizer, Rule
 
 # files that wait for each process, so that a slow one does not hold the others up
 _AHEAD = 8
 _BLOCK_SECONDS = 8.0
+# what a manifest's duration may fall short of the file and still mean the whole: rounding, a last block
+_SAME_SECONDS = 0.05
+
+Key = tuple[str, float | None, float | None, int | str, str | None]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A piece of audio: a file, or ``duration`` seconds of it from ``offset``; ``audio`` is its name in the output."""
+    """A piece of audio: a file, or ``duration`` seconds of it from ``offset``; ``audio`` is its name in the output.
+
+    ``duration`` is as asked, also beyond the end of the file; None goes to the end.
+    """
 
     audio: str
     path: str
@@ -44,15 +54,13 @@ class Item:
     id: str | None = None
 
     @property
-    def key(self) -> tuple[str, float | None, int | str]:
+    def key(self) -> Key:
         """What tells it from the other pieces of an output."""
-        return self.audio, self.offset, self.channel
+        return self.audio, self.offset, self.duration, self.channel, self.id
 
     def samples(self) -> Iterator[np.ndarray]:
         """Yield its samples in blocks; errors as ``audio.blocks``."""
-        if self.offset is None:
-            return blocks(self.path, _BLOCK_SECONDS, channel=self.channel)
-        return iter([read_audio(self.path, channel=self.channel, start=self.offset, seconds=self.duration)])
+        return blocks(self.path, _BLOCK_SECONDS, channel=self.channel, start=self.offset or 0.0, length=self.duration)
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,12 @@ class Transcript:
         return " ".join(word["word"] for word in self.words)
 
     def row(self) -> dict[str, Any]:
-        """Return the row of a JSON-lines output."""
+        """Return the row of a JSON-lines output; ``duration`` is what was heard, ``asked_duration`` what was asked."""
         item = self.item
         row: dict[str, Any] = {"audio_filepath": item.audio, "text": self.text, "duration": round(self.duration, 3)}
         row |= {"id": item.id} if item.id is not None else {}
         row |= {"offset": item.offset} if item.offset is not None else {}
+        row |= {"asked_duration": item.duration} if item.duration is not None else {}
         row |= {"channel": item.channel} if item.channel != "mix" else {}
         return row | {"words": self.words}
 
@@ -127,7 +136,7 @@ class Setup:
 
 
 def transcribe(recognizer: Recognizer, item: Item) -> Transcript:
-    """Return what is said in a piece of audio; errors as ``audio.blocks`` and ``audio.read_audio``."""
+    """Return what is said in a piece of audio; errors as ``audio.blocks``."""
     stream = recognizer.stream()
     segments: list[tuple[Word, ...]] = []
     for block in item.samples():
@@ -136,14 +145,18 @@ def transcribe(recognizer: Recognizer, item: Item) -> Transcript:
     return Transcript(item, tuple(segments), stream.seconds)
 
 
-def transcribe_all(setup: Setup, items: Sequence[Item], jobs: int) -> Iterator[Transcript | UserError]:
+def transcribe_all(
+    setup: Setup, items: Sequence[Item], jobs: int, make: Callable[[Setup], Recognizer] = Setup.recognizer
+) -> Iterator[Transcript | UserError]:
     """Yield the transcripts of pieces in their order, or what is wrong with one; ``jobs`` processes work on them.
+
+    ``make`` makes the first recogniser, in this process, before any audio is read.
 
     Raises:
         UserError: what is wrong with model or settings.
         OSError: a process died.
     """
-    recognizer = setup.recognizer()  # says what is wrong with the settings once, before any process starts
+    recognizer = make(setup)  # says what is wrong with the settings once, before any process starts
     if min(jobs, len(items)) <= 1:
         yield from (_tried(recognizer, item) for item in items)
         return
@@ -203,15 +216,31 @@ def manifest_items(path: Path) -> Iterator[Item | UserError]:
         except UserError as error:
             yield error
             continue
-        offset, channel = utterance.extra.get("offset"), utterance.extra.get("channel")
-        yield Item(
-            utterance.audio,
-            os.fspath(path.parent / utterance.audio),
-            offset,
-            None if offset is None else utterance.duration,
-            channel if isinstance(channel, int) and not isinstance(channel, bool) else "mix",
-            row.values["id"] and utterance.id,
-        )
+        yield _item(row, utterance, path.parent)
+
+
+def _item(row: Row, utterance: Utterance, folder: Path) -> Item | UserError:
+    """Return the piece of a checked row: without an offset, a duration that is shorter than the file is its beginning.
+
+    Where it is as long as the file, as in the manifests of NeMo, the piece is the whole file.
+    """
+    path = os.fspath(folder / utterance.audio)
+    offset, channel = utterance.extra.get("offset"), utterance.extra.get("channel")
+    duration = None if row.values["duration"] is None else utterance.duration
+    if offset is None and duration is not None:
+        try:
+            shorter = duration < audio_info(path).seconds - _SAME_SECONDS
+        except UserError as error:
+            return error
+        offset, duration = (0.0, duration) if shorter else (None, None)
+    return Item(
+        utterance.audio,
+        path,
+        offset,
+        duration,
+        channel if isinstance(channel, int) and not isinstance(channel, bool) else "mix",
+        None if row.values["id"] in (None, "") else utterance.id,
+    )
 
 
 class Output:
@@ -225,7 +254,7 @@ class Output:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
-        self.done: set[tuple[str, float | None, int | str]] = set()
+        self._done: Counter[Key] = Counter()
         if path.is_dir():
             raise UserError(f"--out: {path} is a folder, wanted a file such as {path / 'transcripts.jsonl'}")
         keep = self._read() if path.exists() else 0
@@ -245,7 +274,8 @@ class Output:
                     break
                 try:
                     row = json.loads(line)
-                    self.done.add((row["audio_filepath"], row.get("offset"), row.get("channel", "mix")))
+                    about = (row.get("offset"), row.get("asked_duration"), row.get("channel", "mix"), row.get("id"))
+                    self._done[row["audio_filepath"], *about] += 1
                     row["text"], row["words"]
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     raise UserError(
@@ -254,9 +284,20 @@ class Output:
                 keep += len(line)
         return keep
 
+    def missing(self, items: Iterable[Item]) -> list[Item]:
+        """Return the pieces that were not there when it was opened; one that is wanted twice is there once at most."""
+        left = self._done.copy()
+        found = []
+        for item in items:
+            if left[item.key] > 0:
+                left[item.key] -= 1
+            else:
+                found.append(item)
+        return found
+
     def write(self, transcript: Transcript) -> None:
         """Append a row; a reader sees it at once."""
-        self._handle.write((json.dumps(transcript.row(), ensure_ascii=False) + "\n").encode())
+        self._handle.write(json_line(transcript.row()).encode())
         self._handle.flush()
 
     def close(self) -> None:
@@ -273,7 +314,10 @@ def check_settings(out: Path, about: dict[str, Any], *, begun: bool) -> None:
     """
     from kdcore.run import read_json, write_json
 
-    path = out.with_name(f"{out.name}.settings.json")
+    whole = Path(os.path.abspath(out))  # "." has no name of its own
+    if not whole.name:
+        raise UserError(f"--out: {out} cannot hold an output; wanted a file or folder below it")
+    path = whole.with_name(f"{whole.name}.settings.json")
     about = json.loads(json.dumps(about))
     if not begun:
         write_json(path, about)

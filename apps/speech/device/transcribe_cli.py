@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import math
 import os
 import sys
@@ -63,8 +63,8 @@ def _add_output(parser: Any) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="a file of JSON lines, or of subtitles (for several files a folder), instead of stdout; an interrupted "
-        "batch goes on from what is there",
+        help="a file of JSON lines, or of subtitles (a folder, for several files or without .srt and .vtt), instead "
+        "of stdout; an interrupted batch goes on from what is there",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes that work on files (default 1)")
     parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although files could not be read")
@@ -99,7 +99,22 @@ def add_decoding(parser: Any) -> None:
 
 
 def run_transcribe(args: argparse.Namespace) -> int:
-    """Transcribe; return the exit code: 0, or 2 where something could not be read and --skip-bad is not given."""
+    """Transcribe; return the exit code: 0, or 2 where something could not be read and --skip-bad is not given.
+
+    Raises:
+        UserError: what is wrong with options, model or manifest, without control characters.
+    """
+    from apps.speech.device.live import printable
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # JSON and subtitles are UTF-8; what else cannot be shown is escaped
+        sys.stdout.reconfigure(encoding="utf-8" if args.json or _suffix(args) else None, errors="backslashreplace")
+    try:
+        return _run(args)
+    except UserError as error:
+        raise UserError(printable(" ".join(str(error).split()))) from None
+
+
+def _run(args: argparse.Namespace) -> int:
     sources = [bool(args.files), args.manifest is not None, args.mic, args.stdin_pcm]
     if sum(sources) != 1:
         raise UserError("wanted one of FILE..., --manifest, --mic and --stdin-pcm (see --help)")
@@ -113,9 +128,15 @@ def run_transcribe(args: argparse.Namespace) -> int:
     setup = setup_of(args)
     if args.mic or args.stdin_pcm:
         return _live(args, setup)
-    if args.manifest is None and len(args.files) == 1 and not args.json and not (args.out and not _suffix(args)):
+    alone = args.manifest is None and len(args.files) == 1 and not args.json
+    if alone and (not args.out or (_suffix(args) and _is_subtitle_file(args.out))):
         return _one(args, setup)
     return _batch(args, setup)
+
+
+def _is_subtitle_file(out: Path) -> bool:
+    """Return whether --out names a file of subtitles, not the folder of several."""
+    return out.suffix.lower() in (".srt", ".vtt") and not out.is_dir()
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
@@ -125,7 +146,17 @@ def setup_of(args: argparse.Namespace) -> Setup:
     from apps.speech.device.transcribe import Setup
     from apps.speech.device.vad import GateOptions
 
-    known = ExportedFolder.open(args.model).decode
+    for name, wanted, given in (
+        ("lm_weight", "--lm", args.lm),
+        ("word_score", "--lm or --grammar", args.lm or args.grammar),
+    ):
+        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and not given:
+            raise UserError(f"{option}: wanted {wanted} with it")
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{option}: got {value}, wanted a finite number")
+    recommended = ExportedFolder.open(args.model).decode
+    known = recommended if args.lm else {}  # it was chosen with a language model
     decoding = Decoding(
         beam=args.beam,
         hot_words=dict(_hot_word(text) for text in args.hot_word),
@@ -153,6 +184,8 @@ def _hot_word(text: str) -> tuple[str, float]:
         number = math.nan
     if not equals or not phrase.strip() or not math.isfinite(number):
         raise UserError(f'--hot-word: got {text!r}, wanted PHRASE=BOOST, such as "kd suite=4"')
+    if any("\ud800" <= symbol <= "\udfff" for symbol in phrase):
+        raise UserError(f"--hot-word: got {text!a}, which cannot be written as text")
     return phrase, number
 
 
@@ -161,6 +194,8 @@ def _rules(text: str) -> tuple[Rule, ...]:
 
     try:
         nothing, pause, longest = (float(part) for part in text.split(","))
+        if any(map(math.isnan, (nothing, pause, longest))):
+            raise ValueError
     except ValueError:
         raise UserError(f"--endpoint: got {text!r}, wanted three numbers of seconds such as {_ENDPOINT}") from None
     return Rule(False, nothing, 0.0), Rule(True, pause, 0.0), Rule(False, 0.0, longest)
@@ -208,10 +243,14 @@ def _one(args: argparse.Namespace, setup: Setup) -> int:
     if not args.out:
         write(listening, _form(args), sys.stdout)
     else:
-        with atomic_path(args.out) as path, open(path, "w", encoding="utf-8") as handle:
-            write(listening, _form(args), handle)
-            if listening.problem:
-                raise listening.problem
+        try:
+            with atomic_path(args.out) as path, open(path, "w", encoding="utf-8") as handle:
+                write(listening, _form(args), handle)
+                if listening.problem:
+                    raise listening.problem  # subtitles of a part are not left in the place of the whole's
+        except UserError as error:
+            if error is not listening.problem:
+                raise
     return _reported(listening.problem, args.skip_bad)
 
 
@@ -223,6 +262,8 @@ def _live(args: argparse.Namespace, setup: Setup) -> int:
     for name in ("out", "channel"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: is for files; live audio is printed as it comes")
+    if args.skip_bad or args.jobs > 1:
+        raise UserError(f"--{'skip-bad' if args.skip_bad else 'jobs'}: is for files, not for live audio")
     device = int(args.device) if args.device and args.device.isdigit() else args.device
     given = {name: value for name in ("rate", "channels") if (value := getattr(args, name)) is not None}
     source = microphone(device) if args.mic else pcm_blocks(sys.stdin.buffer, **given)
@@ -236,7 +277,9 @@ def _reported(problem: UserError | None, skip_bad: bool) -> int:
     """Say what is wrong with an input, in one line, and return the exit code."""
     if problem is None:
         return 0
-    print(f"kd: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    from apps.speech.device.live import printable
+
+    print(f"kd: error: {printable(' '.join(str(problem).split()))}", file=sys.stderr)
     return 0 if skip_bad else EXIT_USAGE
 
 
@@ -248,6 +291,8 @@ def _batch(args: argparse.Namespace, setup: Setup) -> int:
         if args.channel is not None:
             raise UserError("--channel: is for files; a manifest has its own")
         found: list[Item | UserError] = list(manifest_items(args.manifest))
+        if not found:
+            raise UserError(f"{args.manifest}: holds no row; wanted JSON lines with audio_filepath")
     else:
         channel = _channel(args)
         found = [Item(name, name, channel=channel) for name in dict.fromkeys(args.files)]
@@ -263,7 +308,7 @@ def _batch(args: argparse.Namespace, setup: Setup) -> int:
                 bad += _reported(result, False) > 0
             else:
                 _print(args, result)
-    if bad:
+    if bad and len(found) > 1:
         print(f"kd: {bad} of {len(found)} could not be transcribed", file=sys.stderr)
     return EXIT_USAGE if bad and not args.skip_bad else 0
 
@@ -272,7 +317,7 @@ def _results(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> I
     """Yield the results in order; a bar on stderr where they do not go to the same terminal."""
     from apps.speech.device.transcribe import transcribe_all
 
-    results = transcribe_all(setup, items, args.jobs)
+    results = transcribe_all(setup, items, args.jobs, _recognizer)
     if len(items) < 2 or not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out):
         yield from results
         return
@@ -284,12 +329,12 @@ def _results(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> I
 
 
 def _print(args: argparse.Namespace, transcript: Transcript) -> None:
-    from apps.speech.device.live import timed_line
+    from apps.speech.device.live import json_line, printable, timed_line
     from apps.speech.device.subtitles import paragraphs
 
-    name = transcript.item.audio
+    name = printable(transcript.item.audio)
     if args.json:
-        text = json.dumps(transcript.row(), ensure_ascii=False) + "\n"
+        text = json_line(transcript.row())
     elif args.timestamps:
         text = "".join([f"{name}:\n", *map(timed_line, transcript.segments)])
     elif args.paragraphs:
@@ -310,7 +355,7 @@ def _to_file(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> i
     output = Output(args.out, setup.about())
     bad = 0
     try:
-        for result in _results(args, setup, [item for item in items if item.key not in output.done]):
+        for result in _results(args, setup, output.missing(items)):
             if isinstance(result, UserError):
                 bad += _reported(result, False) > 0
             else:

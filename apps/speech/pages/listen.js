@@ -38,13 +38,22 @@ class Session {
     this.over = false;
   }
 
+  /** Open microphone and connection; where it was stopped meanwhile, close what stop() did not find. */
   async begin() {
     this.media = await navigator.mediaDevices.getUserMedia({
       audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false },
     });
+    if (this.over) {
+      this.release();
+      return;
+    }
     for (const track of this.media.getAudioTracks()) track.onended = () => this.stop("The microphone has gone.");
     this.context = new AudioContext();
     await this.context.audioWorklet.addModule("/listen-worklet.js");
+    if (this.over) {
+      this.release();
+      return;
+    }
     this.downsampler = new Downsampler(this.context.sampleRate);
     this.node = new AudioWorkletNode(this.context, "microphone", { numberOfOutputs: 0 });
     const address = new URL(`/v1/listen?rate=${RATE}`, location.href);
@@ -56,7 +65,11 @@ class Session {
       this.socket.onopen = done;
       this.socket.onerror = () => failed(new Error("The service cannot be reached."));
     });
-    if (this.over) return;
+    if (this.over) {
+      this.release();
+      this.socket.close();
+      return;
+    }
     this.node.port.onmessage = (event) => this.send(event.data);
     this.context.createMediaStreamSource(this.media).connect(this.node);
   }
@@ -101,8 +114,12 @@ class Session {
     this.over = true;
     this.why = why;
     this.release();
-    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ type: "stop" }));
-    else this.closed({ code: 1000 });
+    if (this.socket?.readyState === WebSocket.OPEN) {
+      this.socket.send(JSON.stringify({ type: "stop" }));
+      return;
+    }
+    this.socket?.close(); // it may be connecting
+    this.closed({ code: 1000 });
   }
 
   release() {
@@ -145,9 +162,11 @@ async function toggle() {
     await begun.begin();
     if (session === begun && !begun.over) say("Listening. Speak.");
   } catch (error) {
+    const stopped = begun.over;
     begun.over = true;
     begun.release();
     begun.socket?.close();
+    if (stopped) return; // why was said already, and another session may be on
     if (session === begun) idle();
     const refused = error.name === "NotAllowedError" ? "The microphone was refused." : "";
     const none = error.name === "NotFoundError" ? "There is no microphone." : "";

@@ -66,6 +66,8 @@ def _source(websocket: WebSocket) -> Source:
     """Return what reads the audio that the query announces; ServiceError for what is not offered."""
     query = websocket.query_params
     for name in query:
+        if name in _QUERY and len(query.getlist(name)) > 1:
+            raise ServiceError(422, "invalid", f"{name}: is given more than once", name)
         if name not in _QUERY:
             raise ServiceError(422, "invalid", f"unknown option {name[:40]!r}: {nearest(name[:40], _QUERY)}", name[:40])
     numbers = {}
@@ -86,24 +88,33 @@ def _source(websocket: WebSocket) -> Source:
 
 
 async def _read(websocket: WebSocket, session: Session, settings: ServeSettings) -> None:
-    """Put what the client sends into its stream; it is not read while there is no room."""
+    """Put what the client sends into its stream; it is not read while there is no room, nor kept for empty messages."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + settings.idle_seconds
     while True:
         try:
-            message = await asyncio.wait_for(websocket.receive(), settings.idle_seconds)
+            async with asyncio.timeout_at(until):
+                message = await websocket.receive()
+            if message.get("bytes") == b"":
+                if loop.time() < until:
+                    continue
+                raise TimeoutError  # messages that are there already are not waited for, so no timer would end it
         except TimeoutError:
-            session.stop(ServiceError(408, "idle", f"nothing was sent for {settings.idle_seconds:g} s"))
+            session.stop(ServiceError(408, "idle", f"no audio was sent for {settings.idle_seconds:g} s"))
             return
         if message["type"] == "websocket.disconnect":
             session.leave()
             return
         if (data := message.get("bytes")) is not None:
             await session.put(data)
+            until = loop.time() + settings.idle_seconds
             continue
         try:
             asked = json.loads(message["text"])
             known = isinstance(asked, dict) and asked.get("type") == "stop"
         except (ValueError, RecursionError):
             known = False
+        until = loop.time() + settings.idle_seconds
         session.stop(None if known else ServiceError(422, "invalid", 'wanted audio in binary, or {"type": "stop"}'))
 
 

@@ -18,7 +18,7 @@ class ServeSettings:
         max_upload: bytes of a request with a file.
         max_seconds: of audio of one file or one stream.
         max_message: bytes of a WebSocket message.
-        idle_seconds: a stream that sends nothing for so long is ended.
+        idle_seconds: a stream that sends no audio for so long is ended; empty messages are none.
         receive_seconds: how long the head of a request may take, and an upload may pause.
         send_seconds: how long a client may leave an answer unread.
         drain_seconds: what a stopping service finishes its work in.

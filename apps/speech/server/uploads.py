@@ -93,7 +93,9 @@ class Heard:
                 content["words"] = words
             if "segment" in wanted.granularities:
                 content["segments"] = [_segment(*each) for each in enumerate(self.segments)]
-        return Response(json.dumps(content, ensure_ascii=False), media_type="application/json")
+        # json.dumps in one go would let no other thread run till its end
+        pieces = json.JSONEncoder(ensure_ascii=False).iterencode(content)
+        return Response("".join(pieces), media_type="application/json")
 
 
 def _segment(number: int, segment: Segment) -> dict[str, Any]:
@@ -144,31 +146,38 @@ class Uploads:
                 wanted = Wanted.of(form)
                 if form.filename is None:
                     raise ServiceError(422, "invalid", "file: is missing", "file")
-                return (await self._heard(request, form)).response(wanted)
+                return await self._heard(request, form, wanted)
         finally:
             self.waiting -= 1
 
-    async def _heard(self, request: Request, form: Form) -> Heard:
-        """Transcribe in a thread; stop if the client goes away."""
+    async def _heard(self, request: Request, form: Form, wanted: Wanted) -> Response:
+        """Transcribe and write the answer in a thread; stop, or do not even begin, if the client goes away."""
         left = threading.Event()
-        loop = asyncio.get_running_loop()
-        name = _shown(form.filename or "")
-        work = loop.run_in_executor(
-            self._pool, transcribe, self._recognizer, form.path, name, self._settings.max_seconds, left
-        )
+        job = self._pool.submit(self._work, form, wanted, left)
+        work = asyncio.wrap_future(job)
         gone = asyncio.create_task(_gone(request))
         try:
             both: list[asyncio.Future[Any]] = [work, gone]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             left.set()
-            heard = await work  # the file may go only when nobody reads it
+            if job.cancel():  # it waits for a thread still: whoever has left does not keep the place till then
+                raise ClientDisconnect
+            done = await work  # the file may go only when nobody reads it
         finally:
             left.set()
+            job.cancel()
             gone.cancel()
-        if heard is None:
+        if done is None:
             raise ClientDisconnect
-        self._metrics.upload(heard.seconds)
-        return heard
+        seconds, response = done
+        self._metrics.upload(seconds)
+        return response
+
+    def _work(self, form: Form, wanted: Wanted, left: threading.Event) -> tuple[float, Response] | None:
+        """Return seconds of audio and answer; the subtitles of hours would keep the event loop from live streams."""
+        name = _shown(form.filename or "")
+        heard = transcribe(self._recognizer, form.path, name, self._settings.max_seconds, left)
+        return None if heard is None else (heard.seconds, heard.response(wanted))
 
 
 async def _gone(request: Request) -> None:

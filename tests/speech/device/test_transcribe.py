@@ -3,6 +3,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.speech.audio import resample
-from apps.speech.device.transcribe import Output, pcm_blocks
-from apps.speech.device.transcribe_cli import add_transcribe, run_transcribe
+from apps.speech.device.transcribe import Item, Output, pcm_blocks, transcribe
+from apps.speech.device.transcribe_cli import add_transcribe, run_transcribe, setup_of
 from apps.speech.runtime import Recognizer
 from kdcore.command_line import Parser
 from kdcore.config import UserError
@@ -40,11 +42,14 @@ def clips(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in ("0.wav", "1.flac", "2.flac")]
 
 
-def run(folder: Path, *words: str) -> int:
+def parsed(folder: Path, *words: str) -> argparse.Namespace:
     parser = Parser(prog="kd speech")
     add_transcribe(parser.add_subparsers(dest="verb"))
-    args: argparse.Namespace = parser.parse_args(["transcribe", "--model", str(folder), *words])
-    return run_transcribe(args)
+    return parser.parse_args(["transcribe", "--model", str(folder), *words])
+
+
+def run(folder: Path, *words: str) -> int:
+    return run_transcribe(parsed(folder, *words))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -274,6 +279,14 @@ def test_a_microphone_that_disappears_keeps_what_was_heard(
         (["a.wav", "--json", "--srt"], "not allowed with"),
         (["--stdin-pcm", "--out", "x"], "--out: is for files"),
         (["--mic", "--rate", "48000"], "--rate: wanted --stdin-pcm with it"),
+        (["a.wav", "--lm-weight", "2"], "--lm-weight: wanted --lm with it"),
+        (["a.wav", "--word-score", "2"], "--word-score: wanted --lm or --grammar with it"),
+        (["a.wav", "--lm", "a.arpa", "--lm-weight", "nan"], "--lm-weight: got nan"),
+        (["a.wav", "--lm", "a.arpa", "--word-score=-inf"], "--word-score: got -inf"),
+        (["a.wav", "--endpoint", "1,nan,3"], "--endpoint"),
+        (["a.wav", "--hot-word", "a\udcff=2"], "cannot be written as text"),
+        (["--stdin-pcm", "--skip-bad"], "--skip-bad: is for files"),
+        (["--mic", "--jobs", "2"], "--jobs: is for files"),
     ],
 )
 def test_what_is_asked_wrongly(folder: Path, words: list[str], message: str) -> None:
@@ -289,3 +302,192 @@ def test_settings_reach_the_recogniser(
     assert run(folder, "--grammar", str(grammar), "--fp32", "--endpoint", "2,0.5,10", "--gate", *clips[1:]) == 0
     assert capsys.readouterr().out == f"{clips[1]}: day\n{clips[2]}: sad\n"
     assert Recognizer(folder).transcribe([]) is not None
+
+
+def says(path: Path, text: str = "yes no") -> str:
+    soundfile.write(str(path.parent / "made.wav"), spoken(text), 16_000)
+    (path.parent / "made.wav").rename(path)
+    return str(path)
+
+
+def test_a_name_that_is_not_utf8_stays_itself(
+    folder: Path, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = says(Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff\xe9.wav")))
+    out = tmp_path / "texts.jsonl"
+    assert run(folder, "--json", "--out", str(out), odd, clips[1]) == 0
+    whole = out.read_bytes()
+    assert b"/a\\udcff\\udce9.wav" in whole
+    assert [(row["audio_filepath"], row["text"]) for row in rows(out)] == [(odd, "yes no"), (clips[1], "day")]
+    assert run(folder, "--json", "--out", str(out), odd, clips[1]) == 0
+    assert out.read_bytes() == whole  # both are known to be done
+    for encoding, errors in (("utf-8", "strict"), ("utf-8", "surrogateescape"), ("ascii", "strict")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors=errors))
+        assert run(folder, "--json", odd, says(tmp_path / "é.wav")) == 0
+        written = [json.loads(line)["audio_filepath"] for line in raw.getvalue().decode().splitlines()]
+        assert written == [odd, str(tmp_path / "é.wav")]
+        raw.seek(0)
+        raw.truncate()
+        assert run(folder, odd, str(tmp_path / "é.wav")) == 0
+        assert raw.getvalue().startswith(os.fsencode(tmp_path) + b"/a\\udcff\\udce9.wav: yes no\n")
+    assert capsys.readouterr().err == ""
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(
+    folder: Path, clips: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = says(tmp_path / "\x1b[2J\x9b1m.wav")
+    missing = str(tmp_path / "\x1b]0;gone.wav")
+    assert run(folder, name, missing, clips[1]) == 2
+    assert run(folder, "--timestamps", name, clips[1]) == 0
+    assert run(folder, "--paragraphs", name, clips[1]) == 0
+    assert run(folder, "--json", name) == 0
+    assert run(folder, missing) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["audio_filepath"] == name
+    assert not set("\x1b\x9b") & set(out + err)
+    assert out.startswith(f"{tmp_path}/\\x1b[2J\\x9b1m.wav: yes no\n")
+    assert err.count("\\x1b]0;gone.wav") == 2
+    with pytest.raises(UserError) as error:
+        run(folder, "--json", "--manifest", missing)
+    assert "\\x1b]0;gone.wav" in str(error.value)
+
+
+def test_pieces_that_differ_in_length_or_id_are_resumed_each(folder: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "talk.wav", np.concatenate([spoken("yes"), spoken("no")]), 16_000)
+    short, long = len(spoken("yes")) / 16_000, (len(spoken("yes")) + len(spoken("no"))) / 16_000 - 0.1
+    lines: list[dict[str, Any]] = [
+        {"audio_filepath": "talk.wav", "offset": 0, "duration": short},
+        {"audio_filepath": "talk.wav", "offset": 0, "duration": long},
+        {"audio_filepath": "talk.wav", "offset": 0, "duration": 99},
+        {"audio_filepath": "talk.wav", "id": 0},
+        {"audio_filepath": "talk.wav", "id": "b"},
+        {"audio_filepath": "talk.wav", "offset": short},
+    ]
+    manifest, out = tmp_path / "manifest.jsonl", tmp_path / "texts.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert run(folder, "--json", "--out", str(out), "--manifest", str(manifest)) == 0
+    whole = out.read_bytes()
+    found = rows(out)
+    assert [row["text"] for row in found] == ["yes", "yesno", "yesno", "yesno", "yesno", "no"]
+    assert [row.get("id") for row in found] == [None, None, None, "0", "b", None]
+    assert [row.get("asked_duration") for row in found] == [short, long, 99, None, None, None]
+    assert [row["duration"] for row in found[:3]] == pytest.approx([short, long, long + 0.1], abs=1e-3)
+    for done in range(len(found)):
+        out.write_bytes(b"".join(whole.splitlines(keepends=True)[:done]))
+        assert run(folder, "--json", "--out", str(out), "--manifest", str(manifest)) == 0
+        assert out.read_bytes() == whole
+
+
+def test_rows_that_stand_twice_are_resumed_twice(folder: Path, clips: list[str], tmp_path: Path) -> None:
+    manifest, out = tmp_path / "manifest.jsonl", tmp_path / "texts.jsonl"
+    manifest.write_text('{"audio_filepath": "1.flac"}\n' * 2, encoding="utf-8")
+    assert run(folder, "--json", "--out", str(out), "--manifest", str(manifest)) == 0
+    whole = out.read_bytes()
+    assert [row["text"] for row in rows(out)] == ["day", "day"]
+    out.write_bytes(whole[: whole.index(b"\n") + 1])
+    assert run(folder, "--json", "--out", str(out), "--manifest", str(manifest)) == 0
+    assert out.read_bytes() == whole
+
+
+def test_a_duration_without_offset_is_the_beginning(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = np.concatenate([spoken("yes"), spoken("no")])
+    soundfile.write(tmp_path / "talk.wav", samples, 16_000)
+    whole = len(samples) / 16_000
+    durations = [len(spoken("yes")) / 16_000, whole, round(whole - 0.04, 2), whole + 5]
+    manifest = tmp_path / "manifest.jsonl"
+    lines = [{"audio_filepath": "talk.wav", "duration": duration} for duration in durations]
+    manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert run(folder, "--json", "--manifest", str(manifest)) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in found] == ["yes", "yesno", "yesno", "yesno"]
+    assert [row.get("offset") for row in found] == [0.0, None, None, None]
+    assert [row["duration"] for row in found] == pytest.approx([durations[0], whole, whole, whole], abs=1e-3)
+
+
+def test_a_piece_longer_than_what_is_read_at_once(
+    folder: Path, clips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apps.speech.audio.LONGEST_SECONDS", 0.5)
+    monkeypatch.setattr("apps.speech.device.transcribe._BLOCK_SECONDS", 0.25)
+    pieces = list(Item("0", clips[0], 0.1, 1.01).samples())
+    assert [len(piece) for piece in pieces] == [4000] * 4 + [160]
+    assert np.concatenate(pieces) == pytest.approx(spoken("yes no")[1600:17760], abs=1e-4)
+    assert transcribe(Recognizer(folder), Item("0", clips[0], 0.1, 99.0)).text == "yes no"
+
+
+def test_subtitles_of_one_file_in_a_folder(
+    folder: Path, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (there, tmp_path / "new", tmp_path / "of.tuesday"):
+        assert run(folder, "--srt", "--out", str(out), clips[1]) == 0
+        assert (out / "1.srt").read_text(encoding="utf-8").endswith("\nday\n\n")
+    monkeypatch.chdir(there)
+    assert run(folder, "--vtt", "--out", ".", clips[1]) == 0
+    assert (there / "1.vtt").read_text(encoding="utf-8").startswith("WEBVTT")
+    with pytest.raises(UserError, match="is a file; wanted a folder"):
+        run(folder, "--srt", "--out", clips[2], clips[1])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("out", ["cues.srt", "cues"])
+def test_one_bad_file_with_out(
+    folder: Path, clips: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, skip: bool
+) -> None:
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(Path(clips[0]).read_bytes()[:9000])
+    before = set(tmp_path.rglob("*.srt"))
+    words = ["--skip-bad"] if skip else []
+    assert run(folder, "--srt", "--out", str(tmp_path / out), *words, str(cut)) == (0 if skip else 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"kd: error: {cut}: ") and "truncated" in line
+    assert set(tmp_path.rglob("*.srt")) == before == set()
+
+
+def test_the_exports_word_score_is_that_of_a_language_model(folder: Path, tmp_path: Path, arpa: Path) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(folder, tuned)
+    about = json.loads((tuned / "kdsuite.json").read_text(encoding="utf-8"))
+    about["decode"] = {"lm_weight": 0.5, "word_score": -3.0}
+    (tuned / "kdsuite.json").write_text(json.dumps(about), encoding="utf-8")
+    words = tmp_path / "words.txt"
+    words.write_text("day\n", encoding="utf-8")
+    assert setup_of(parsed(tuned, "a.wav", "--grammar", str(words))).decoding.word_score == 0.0
+    assert setup_of(parsed(tuned, "a.wav", "--grammar", str(words), "--word-score", "1")).decoding.word_score == 1.0
+    known = setup_of(parsed(tuned, "a.wav", "--lm", str(arpa))).decoding
+    assert (known.lm_weight, known.word_score) == (0.5, -3.0)
+
+
+@pytest.mark.parametrize("more", [[], ["--jobs", "2"]])
+def test_words_left_out_are_told_once(
+    folder: Path, clips: list[str], arpa: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    assert run(folder, "--lm", str(arpa), *more, *clips) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1] == f"{clips[1]}: day"
+    assert err == f"kd: {arpa}: 1 words that cannot be spelled are left out: zebra\n"
+
+
+@pytest.fixture
+def arpa(tmp_path: Path) -> Path:
+    path = tmp_path / "lm.arpa"
+    words = ("<unk>", "<s>", "</s>", "yes", "no", "day", "sad", "zebra")
+    lines = "".join(f"-1.0\t{word}" + ("\n" if word == "</s>" else "\t0.0\n") for word in words)
+    counts = f"\\data\\\nngram 1={len(words)}\nngram 2=1\n"
+    grams = f"\\1-grams:\n{lines}\n\\2-grams:\n-0.5\tyes no\n"
+    path.write_text(f"{counts}\n{grams}\n\\end\\\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("content", ["", "\n  \n"])
+def test_an_empty_manifest_says_so(folder: Path, tmp_path: Path, content: str) -> None:
+    manifest, out = tmp_path / "empty.jsonl", tmp_path / "texts.jsonl"
+    manifest.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"empty.jsonl: holds no row"):
+        run(folder, "--json", "--out", str(out), "--manifest", str(manifest))
+    assert not out.exists()

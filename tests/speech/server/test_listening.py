@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import aiohttp
 import httpx
 import numpy as np
 import pytest
@@ -114,6 +116,9 @@ def test_nothing_and_silence(served: Served) -> None:
         ("format=mp3", "format"),
         ("format=webm&rate=48000", "rate"),
         ("sample_rate=16000", "sample_rate"),
+        ("rate=16000&rate=8000", "rate"),
+        ("format=pcm&format=pcm", "format"),
+        ("channels=&channels=1", "channels"),
     ],
 )
 def test_what_is_asked_for_wrongly_is_said(served: Served, query: str, field: str) -> None:
@@ -210,6 +215,26 @@ def test_limits_of_time_and_size(folder: Path) -> None:
         assert (found.final, found.code, found.last["error"]["code"]) == (["yes"], 1008, "too_long")
         found = asyncio.run(dictate(served.ws, bytes(20_001), 20_001, stop=False))
         assert found.code == 1009
+        assert quiet(served)
+
+
+def test_empty_messages_do_not_keep_a_stream(folder: Path) -> None:
+    async def client(url: str) -> None:
+        async with connected(url) as socket:
+            await socket.send_bytes(pcm(SHORT))
+            reading = asyncio.create_task(told(socket))
+            for _ in range(100):
+                if reading.done():
+                    break
+                with suppress(ConnectionError, aiohttp.ClientError):
+                    await socket.send_bytes(b"")
+                await asyncio.sleep(0.05)
+            assert reading.done(), "the stream goes on"
+            found = reading.result()
+            assert (found.final, found.code, found.last["error"]["code"]) == (["no"], 1008, "idle")
+
+    with running(folder, idle_seconds=0.5) as served:
+        asyncio.run(client(served.ws))
         assert quiet(served)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from starlette.websockets import WebSocket
 
 from apps.speech.server.sessions import Session
 from tests.speech.device.exported import silence, spoken
@@ -125,6 +129,83 @@ def test_a_service_that_is_full_says_so_and_a_lost_one_too(page: Any, served: Se
     session.fail()
     expect(page.locator("#status")).to_have_text("the service failed")
     expect(page.locator("#toggle")).to_have_text("Start listening")
+
+
+# keeps the media that the page gets, and lets it wait for them as a person does who is asked
+SLOW_MICROPHONE = """
+    window.media = [];
+    const own = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+    navigator.mediaDevices.getUserMedia = async (wanted) => {
+        await new Promise((done) => setTimeout(done, DELAY));
+        media.push(await own(wanted));
+        return media.at(-1);
+    };
+"""
+ENDED = "media.length && media.every((each) => each.getTracks().every((track) => track.readyState === 'ended'))"
+
+
+def ended(page: Any) -> bool:
+    """Wait until the page got a microphone and none that it got is on."""
+    until = time.monotonic() + WAIT / 2000
+    while not page.evaluate(ENDED) and time.monotonic() < until:
+        page.wait_for_timeout(50)
+    return bool(page.evaluate(ENDED))
+
+
+def test_stop_while_the_microphone_is_asked_for_leaves_it_off(page: Any, served: Served) -> None:
+    sockets: list[Any] = []
+    page.on("websocket", lambda socket: sockets.append(socket))
+    page.add_init_script(SLOW_MICROPHONE.replace("DELAY", "1500"))
+    page.goto(served.url)
+    page.locator("#toggle").click()
+    expect(page.locator("#status")).to_have_text("Asking for the microphone …")
+    page.locator("#toggle").click()
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert ended(page)
+    assert httpx.get(f"{served.url}/health").json()["streams"] == 0
+    assert sockets == []
+    # and it can be started again
+    page.locator("#toggle").click()
+    expect(page.locator("#status")).to_have_text("Listening. Speak.")
+    assert not page.evaluate(ENDED)
+    page.locator("#toggle").click()
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert page.evaluate(ENDED)
+
+
+def test_stop_while_it_connects_ends_the_connection(
+    browser: Any, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, accepted, go = WebSocket.accept, threading.Event(), threading.Event()
+
+    async def slow(websocket: WebSocket) -> None:
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        try:
+            await accept(websocket)
+        finally:
+            accepted.set()
+
+    monkeypatch.setattr(WebSocket, "accept", slow)
+    # a page of its own: the browser reports a connection that is ended so early as an error
+    context = browser.new_context(permissions=["microphone"])
+    page = context.new_page()
+    page.add_init_script(SLOW_MICROPHONE.replace("DELAY", "0"))
+    page.goto(served.url)
+    with page.expect_websocket():
+        page.locator("#toggle").click()
+    page.locator("#toggle").click()
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert page.evaluate(ENDED)
+    # a service that opens it later has nobody to hear, long before its client would be idle
+    go.set()
+    assert accepted.wait(WAIT / 1000)
+    until = time.monotonic() + WAIT / 2000
+    while httpx.get(f"{served.url}/health").json()["streams"] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert httpx.get(f"{served.url}/health").json()["streams"] == 0
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    context.close()
 
 
 def test_what_a_browser_records_is_read(page: Any, served: Served) -> None:

@@ -5,7 +5,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from apps.speech.device.subtitles import cues, srt
+from apps.speech.decode.words import Word
+from apps.speech.device.subtitles import Cue, cues, srt
+from apps.speech.server import uploads
 from tests.speech.device.exported import silence, spoken
 from tests.speech.server.recordings import ogg_opus, packets, webm
 from tests.speech.server.served import Served, running, wav
@@ -179,6 +182,69 @@ def test_files_are_gone_afterwards_and_clients_may_go(
     while served.service.uploads.waiting and time.monotonic() < until:
         time.sleep(0.01)
     assert served.service.uploads.waiting == 0 and list(tmp_path.iterdir()) == []
+
+
+def waiting(served: Served, count: int) -> bool:
+    """Wait until so many uploads are counted."""
+    until = time.monotonic() + 20
+    while served.service.uploads.waiting != count and time.monotonic() < until:
+        time.sleep(0.01)
+    return served.service.uploads.waiting == count
+
+
+def test_who_leaves_before_a_file_is_begun_leaves_the_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, go, begun = uploads._samples, threading.Event(), []
+
+    def slow(path: Path) -> Iterator[np.ndarray]:
+        begun.append(path)
+        assert go.wait(60)
+        return own(path)
+
+    monkeypatch.setattr(uploads, "_samples", slow)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    form: dict[str, Any] = {"files": {"file": ("a.wav", wav(AUDIO))}, "timeout": 60}
+    with running(folder, max_waiting=2) as served, ThreadPoolExecutor() as clients:
+        url = served.url + PATH
+        try:
+            long = clients.submit(httpx.post, url, **form)
+            assert waiting(served, 1)
+            for _ in range(2):  # as many as may wait, one after the other
+                with httpx.Client() as client:
+                    for _ in range(2):
+                        with pytest.raises(httpx.ReadTimeout):
+                            client.post(url, files=form["files"], timeout=httpx.Timeout(20, read=0.5))
+                assert waiting(served, 1), "who has left keeps the place"
+            assert httpx.get(f"{served.url}/health").json()["uploads"] == 1
+            assert len(list(tmp_path.iterdir())) == 1
+            stays = clients.submit(httpx.post, url, **form)
+            assert waiting(served, 2)
+        finally:
+            go.set()
+        assert [each.result().json() for each in (long, stays)] == [{"text": "yes no day"}] * 2
+        assert waiting(served, 0) and len(begun) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_is_written_beside_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(words: Iterable[Word]) -> Iterator[Cue]:
+        begun.set()
+        go.wait(60)
+        return cues(words)
+
+    monkeypatch.setattr(uploads, "cues", slow)
+    with ThreadPoolExecutor() as clients:
+        answer = clients.submit(
+            httpx.post, served.url + PATH, files={"file": wav(AUDIO)}, data={"response_format": "srt"}, timeout=90
+        )
+        try:
+            assert begun.wait(20)
+            assert httpx.get(f"{served.url}/health", timeout=20).json()["uploads"] == 1
+        finally:
+            go.set()
+        assert answer.result().text.startswith("1\n00:00:00")
 
 
 def test_the_openai_client(served: Served) -> None:
