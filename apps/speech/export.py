@@ -151,9 +151,7 @@ def export_model(
         parity = prove(model, step, folder / MODEL, [_features(clip)[:_LONGEST] for clip in first])
         compared = _compare(folder, step.window, units, _chain(first, given))
         _write_clip(folder / CLIP, compared.samples)
-        kept = MODELS if only is None else (_ONLY[only],)
-        for left_out in set(MODELS) - set(kept):
-            (folder / left_out).unlink()
+        kept = _keep(folder, only)
         card = Card(
             name=name,
             kind=model.kind,
@@ -165,16 +163,22 @@ def export_model(
             parity=parity,
             models=tuple(each for each in compared.files if each.name in kept),
             clip=f"recording {compared.name}",
-            clip_text=compared.texts[MODEL],
+            clip_text=compared.texts[kept[0]],
             run=run,
         )
         write_text(folder / CARD, render(card))
         about = {**_about(card, calibration), "decode": dict(decode or {})}
-        about |= {
-            "self_test": {"audio": CLIP, "text": {file: compared.texts[file] for file in kept}},
-            "files": _checksums(folder),
-        }
+        about["self_test"] = {"audio": CLIP, "text": {file: compared.texts[file] for file in kept}}
+        about["files"] = _checksums(folder)
         write_json(folder / ABOUT, about)
+
+
+def _keep(folder: Path, only: str | None) -> tuple[str, ...]:
+    """Remove the model that is not wanted and return the names of those that are."""
+    kept = MODELS if only is None else (_ONLY[only],)
+    for left_out in set(MODELS) - set(kept):
+        (folder / left_out).unlink()
+    return kept
 
 
 def _about(card: Card, calibration: Calibration | None) -> dict[str, Any]:
