@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -97,7 +98,8 @@ def guarded(command: Callable[[], int], name: str = "kd") -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "apps", "kdcore", "data_scripts"):
             raise
-        print(f"{name}: failed: this needs the package {package}: pip install 'kdsuite[all]'", file=sys.stderr)
+        hint = f"pip install 'kdsuite[{_extra_with(package)}]'"
+        print(f"{name}: failed: this needs the package {package}: {hint}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -118,3 +120,21 @@ def _path_problem(error: OSError) -> str:
     kind = "error" if isinstance(error, _PATH_ERRORS) else "failed"
     what = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
     return f"{kind}: {what}"
+
+
+def _extra_with(package: str) -> str:
+    """Return the extra that brings a package, the smallest first; all where none says so itself."""
+    from importlib import metadata
+
+    try:
+        asked = metadata.requires("kdsuite") or []
+    except metadata.PackageNotFoundError:  # a checkout that was not installed
+        asked = []
+    wanted = package.replace("_", "-").lower()
+    found = set()
+    for text in asked:
+        match = re.match(r"([A-Za-z0-9._-]+).*extra == ['\"]([a-z]+)['\"]", text)
+        # flashlight is what flashlight-text brings
+        if match and match[1].replace("_", "-").lower() in (wanted, f"{wanted}-text"):
+            found.add(match[2])
+    return next((extra for extra in ("ondevice", "serve", "speech", "recsys", "train") if extra in found), "all")

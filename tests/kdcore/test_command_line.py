@@ -30,7 +30,15 @@ def run(error: BaseException | None, capsys: pytest.CaptureFixture[str]) -> tupl
         (OSError(errno.ENOSPC, "No space left on device", "x/y"), 1, "failed: x/y: No space left on device"),
         (OSError("model: cannot be written"), 1, "failed: model: cannot be written"),
         (FloatingPointError("loss term 'bpr' became nan"), 1, "failed: loss term 'bpr' became nan"),
-        (ModuleNotFoundError("no", name="implicit.als"), 1, "this needs the package implicit"),
+        (
+            ModuleNotFoundError("no", name="implicit.als"),
+            1,
+            "this needs the package implicit: pip install 'kdsuite[recsys]'",
+        ),
+        (ModuleNotFoundError("no", name="kaldi_native_fbank"), 1, "pip install 'kdsuite[ondevice]'"),
+        (ModuleNotFoundError("no", name="flashlight.lib"), 1, "pip install 'kdsuite[ondevice]'"),
+        (ModuleNotFoundError("no", name="uvicorn"), 1, "pip install 'kdsuite[serve]'"),
+        (ModuleNotFoundError("no", name="unheard_of"), 1, "pip install 'kdsuite[all]'"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
     ],
 )
