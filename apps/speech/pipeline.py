@@ -51,6 +51,7 @@ class Pipeline:
             raise UserError(f"--out: {out} is a file, wanted a folder for the run")
         self.config, self.announce = config, announce if processes.is_first_process() else lambda text: None
         self.run = RunDirectory(Path(out))
+        self._reopened = False
 
     @classmethod
     def reopen(cls, out: str | os.PathLike[str], announce: Announce = lambda text: None) -> Pipeline:
@@ -58,7 +59,10 @@ class Pipeline:
         file = Path(out) / "config.yaml"
         if not file.exists():
             raise UserError(f"{out}: no run here (config.yaml is missing)")
-        return cls(build(SpeechConfig, read_yaml(file), str(file)), out, announce)
+        pipeline = cls(build(SpeechConfig, read_yaml(file), str(file)), out, announce)
+        # its own settings are not another run's, also where an earlier version wrote fewer of them
+        pipeline._reopened = True
+        return pipeline
 
     # -- prepare ---------------------------------------------------------------------------------------------------
 
@@ -66,7 +70,7 @@ class Pipeline:
     def prepared(self) -> Prepared:
         """The data of the run, read and checked at the first call; configuration and provenance are written then."""
         with processes.first_process_first():
-            known = self.run.refuse_other(resolved(self.config))
+            known = self._reopened or self.run.refuse_other(resolved(self.config))
             found = prepare(self.config, self.run.path, self.announce)
             if not known:
                 self.run.write_config(resolved(self.config))

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import onnxruntime
 import pytest
 import soundfile
 import torch
+import yaml
 
 from apps.speech.card import tail_seconds
 from apps.speech.data.batches import padded
@@ -257,6 +259,17 @@ def test_one_model_alone_is_a_small_folder(run_folder: Path, tmp_path: Path) -> 
     assert all(finding.ok for finding in check_folder(one))
     with pytest.raises(UserError, match="was not exported"):
         Recognizer(one, int8=False)
+
+
+def test_a_run_of_an_earlier_version_is_exported(run_folder: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(run_folder, older)
+    settings = yaml.safe_load((older / "config.yaml").read_text(encoding="utf-8"))
+    for each in settings["knowledge"].values():
+        del each["fade"]  # which it did not know yet
+    (older / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    one, other = (export(run, "student", tmp_path / run.name / "out", name="run") for run in (older, run_folder))
+    assert (one / "model.onnx").read_bytes() == (other / "model.onnx").read_bytes()
 
 
 def test_a_teacher_is_not_exported(run_folder: Path, tmp_path: Path) -> None:
