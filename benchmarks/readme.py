@@ -186,6 +186,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recsys_serve": serve,
     "speech_quality": readme_speech.quality,
     "speech_noise": readme_speech.noise,
+    "speech_digits": readme_speech.digits,
     "speech_train": readme_speech.train,
     "speech_runtime": readme_speech.runtime,
 }

@@ -60,6 +60,32 @@ def noise(result: dict[str, Any]) -> str:
     )
 
 
+def digits(result: dict[str, Any]) -> str:
+    """Return the table of speakers of digits that no model heard: each model of all corpora, beside one corpus."""
+    shares, rates, target = result["digits"], result["wer"], result["targets"]
+    speakers = list(next(iter(shares["all corpora"].values()))["by_speaker"])
+    lines = [
+        f"| model | trained on | digits right | {' | '.join(speakers)} | WER % on {result['words']} |",
+        "|---" * (4 + len(speakers)) + "|",
+    ]
+    for corpora, models in shares.items():
+        for role, share in models.items():
+            each = " | ".join(f"{100 * share['by_speaker'][name]:.1f}" for name in speakers)
+            shown = f"{100 * share['mean']:.1f} %"
+            lines.append(
+                f"| {role.replace('_', ' ')} | {corpora} | {shown} | {each} | {100 * rates[corpora][role]:.1f} |"
+            )
+    gaps = "; ".join(f"{role.replace('_', ' ')} {_points(each)}" for role, each in rates["differences"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['data']}. Wanted at least {target['digits']:.0%} of the digits, and at most "
+            f"{100 * target['wer_difference']:.1f} points of WER over one corpus: {gaps}. {_command('digits')}",
+        ]
+    )
+
+
 def runtime(result: dict[str, Any]) -> str:
     """Return the table of the exported student on the device."""
     target, commands, rates = result["targets"], result["commands"], result["word_error_rate"]

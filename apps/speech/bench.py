@@ -17,14 +17,15 @@ def run_bench(
 ) -> int:
     """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically.
 
-    ``only`` are some of the recipes of ``quality``; ``simulated`` is the corpus of simulated speech for ``digits``.
+    ``only`` are some of the recipes of ``quality`` or of the models of ``digits``; ``simulated`` is the corpus of
+    simulated speech for ``digits``.
     """
-    if what != "quality" and only:
-        raise UserError(f"--only: is for bench quality, got bench {what}")
+    if what not in ("quality", "digits") and only:
+        raise UserError(f"--only: is for bench quality and bench digits, got bench {what}")
     if what == "digits":
         if simulated is None:
             raise ValueError("simulated: bench digits wants a corpus")
-        result = digits(work, simulated)
+        result = digits(work, simulated, only)
     else:
         result = (
             quality(work, only)
@@ -54,11 +55,11 @@ def train(work: Path) -> dict[str, Any]:
     return bench_train.run(work)
 
 
-def digits(work: Path, simulated: Path) -> dict[str, Any]:
+def digits(work: Path, simulated: Path, only: Sequence[str] = ()) -> dict[str, Any]:
     """Measure one student for AN4, spoken digits and simulated speech on speakers it never heard."""
     from apps.speech import bench_digits
 
-    return bench_digits.run(work, simulated)
+    return bench_digits.run(work, simulated, only)
 
 
 def noise(work: Path) -> dict[str, Any]:

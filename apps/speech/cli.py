@@ -328,7 +328,9 @@ def _add_bench(verbs: Any) -> None:
     parser.add_argument("what", choices=("quality", "train", "digits", "noise", "runtime"), help="which benchmark")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
-    parser.add_argument("--only", default="", help="some of the recipes of quality, joined by commas")
+    parser.add_argument(
+        "--only", default="", help="some of the recipes of quality, or of the models of digits (student_alone)"
+    )
 
 
 def _bench(args: argparse.Namespace) -> int:

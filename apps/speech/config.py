@@ -173,6 +173,12 @@ class SpeechConfig:
     # what the report compares
     report: dict[str, Any] = field(default_factory=lambda: {"metric": "wer", "higher_is_better": False})
 
+    def tested_view(self, role: str) -> str:
+        """Return what a model is validated and tested in: a teacher in clean speech where it never hears the noise."""
+        if role == "teacher" and self.test_view not in {pair.teacher for pair in self.views}:
+            return "clean"
+        return self.test_view
+
 
 def alone_config(config: SpeechConfig) -> ModelConfig:
     """Return how the student is trained without a teacher: as with one, but for what ``student.alone`` sets."""

@@ -80,25 +80,18 @@ class Measurement:
         """Return what the model of a cell says of a part."""
         store = self.prepared.store(part, self.config.test_view)
         if cell.role == "teacher":
-            teacher = self.pipeline.teach(cell.seed)
+            teacher, view = self.pipeline.teach(cell.seed), self.config.tested_view("teacher")
             found: dict[int, np.ndarray] = {}
             with ComputeTime() as spent:
                 for start in range(0, len(store), 16):
                     rows = range(start, min(start + 16, len(store)))
-                    # the teacher hears what it teaches on: its own view
-                    said = teacher.ask(self.prepared, part, self._teacher_view, rows)["log_probs"]
+                    said = teacher.ask(self.prepared, part, view, rows)["log_probs"]
                     found.update(zip(rows, said, strict=True))
         else:
             model, _ = load_model(cell.folder)
             with ComputeTime() as spent:
                 found = dict(fitting.all_log_probs(model, store))
         return Heard([found[row] for row in range(len(store))], spent.seconds)
-
-    @property
-    def _teacher_view(self) -> str:
-        """What the teacher is tested on: the clean view where students are tested on another one."""
-        heard = {pair.teacher for pair in self.config.views}
-        return self.config.test_view if self.config.test_view in heard else "clean"
 
     def decoder(self, lm_weight: float, word_score: float) -> WordDecoder:
         """Return a decoder of lexicon words under the language model."""

@@ -139,13 +139,18 @@ class Pipeline:
 
     def distill(self, seed: int) -> None:
         """Fit the student alone and the taught student of a seed."""
+        self.fit_alone(seed)
+        self.fit_student(seed)
+
+    def fit_alone(self, seed: int) -> None:
+        """Fit the student alone of a seed; it needs no teacher."""
         views = [pair.student for pair in self.config.views]
         config = alone_config(self.config)
         key = self._key("student_alone", seed, resolved(config))
         self._fit("student_alone", seed, key, config, self._folder("student_alone", seed), views, labelled=True)
-        self._student(seed)
 
-    def _student(self, seed: int) -> None:
+    def fit_student(self, seed: int) -> None:
+        """Fit the taught student of a seed, and its teacher where that is not there."""
         config, teacher = self.config.student, self.teach(seed)
         given = {name: dict(each.options) for name, each in self.config.knowledge.items()}
         settings = {
@@ -195,7 +200,7 @@ class Pipeline:
         data = prepared.training(views)
         if labelled or role == "teacher":
             data = replace(data, rows=data.rows[[data.labels[row] is not None for row in data.rows]])
-        valid = prepared.store("valid", self.config.test_view)
+        valid = prepared.store("valid", self.config.tested_view(role))
         self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind})")
         fitted = fitting.fit_model(
             config,
@@ -225,7 +230,12 @@ class Pipeline:
         processes.barrier()
 
     def _key(self, role: str, seed: int, settings: dict[str, Any]) -> str:
-        about = {"views": resolved(self.config)["views"], "test_view": self.config.test_view}
+        # a teacher does not depend on what students hear, nor a student alone on what the teacher does
+        views: Any = {
+            "teacher": list(dict.fromkeys(pair.teacher for pair in self.config.views)),
+            "student_alone": [pair.student for pair in self.config.views],
+        }.get(role, resolved(self.config)["views"])
+        about = {"views": views, "test_view": self.config.tested_view(role)}
         return fingerprint(role, str(seed), self.prepared.fingerprint, {**settings, **about})
 
     def _root(self, seed: int | None) -> Path:

@@ -41,8 +41,10 @@ def models(folder: Path) -> dict[Path, int]:
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wanted some of ctc_sequence_level"):
         run_bench("quality", None, tmp_path, ["ctc_sequnce_level"])
-    for name in ("train", "digits", "noise", "runtime"):
-        with pytest.raises(UserError, match=f"is for bench quality, got bench {name}"):
+    with pytest.raises(UserError, match="got student_only, wanted some of teacher, student_alone, student"):
+        run_bench("digits", None, tmp_path, ["student_only"], tmp_path)
+    for name in ("train", "noise", "runtime"):
+        with pytest.raises(UserError, match=f"is for bench quality and bench digits, got bench {name}"):
             run_bench(name, None, tmp_path, ["ctc_frame_level"])
 
 
@@ -110,9 +112,14 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
             assert each["clips"] == 12 and each["by_speaker"].keys() == {"ann", "bob"}
             assert each["mean"] == pytest.approx(np.mean(list(each["by_speaker"].values())))
     rates = found["wer"]
-    assert rates["difference of students"]["value"] == pytest.approx(
+    assert rates["differences"]["student"]["value"] == pytest.approx(
         rates["all corpora"]["student"] - rates["one corpus"]["student"]
     )
+    times = models(tmp_path)
+    alone = bench_digits.run(tmp_path, simulated, ["student_alone"], **given)  # type: ignore[arg-type]
+    assert models(tmp_path) == times
+    for kind in ("all corpora", "one corpus"):
+        assert alone["digits"][kind] == {"student_alone": found["digits"][kind]["student_alone"]}
     run_folder = tmp_path / "speech-digits-ann"
     speakers = {
         part: {json.loads(line)["speaker"] for line in (run_folder / "data" / f"{part}.jsonl").read_text().splitlines()}

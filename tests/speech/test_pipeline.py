@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from apps.speech.checks import check_config
 from apps.speech.config import load_config, read_recipe, recipe_names
 from apps.speech.fitting import ask
-from apps.speech.measure import shown_utterance
+from apps.speech.measure import Measurement, shown_utterance
 from apps.speech.models import new_model
 from apps.speech.models.huggingface import import_transformers
 from apps.speech.models.store import load_model
@@ -92,6 +92,24 @@ def test_recipes_say_what_they_are() -> None:
         values = read_recipe(name)
         assert values["recipe"] == name and values["title"] and values["reference"]
         check_config(load_config(recipe=name, overrides=[("data.path", "x")]))
+
+
+def test_a_teacher_that_never_hears_the_noise_is_validated_and_tested_without_it(data: Path, tmp_path: Path) -> None:
+    views = [{"student": "noise:-20:-20", "teacher": "clean"}]
+    pipeline, said = small("clean_to_noisy", data, tmp_path, views=views, test_view="noise:-20:-20"), list[str]()
+    pipeline.announce = said.append
+    teacher = pipeline.teach(0)
+    assert any("view clean" in text for text in said) and not any("noise" in text for text in said)
+    heard = Measurement(pipeline).hear(pipeline.cells(0)[0], "test").log_probs
+    asked = teacher.ask(pipeline.prepared, "test", "clean", range(len(heard)))["log_probs"]
+    noisy = teacher.ask(pipeline.prepared, "test", "noise:-20:-20", range(len(heard)))["log_probs"]
+    for one, clean, other in zip(heard, asked, noisy, strict=True):
+        np.testing.assert_allclose(one, clean, atol=1e-5)
+        assert np.abs(one - other).max() > 1e-3
+    assert load_config(recipe="ctc_sequence_level", overrides=[("data.path", "x")]).tested_view("teacher") == "clean"
+    noisy = [("data.path", "x"), ("views", '[{"student": "clean", "teacher": "noise:0:10"}]')]
+    config = load_config(recipe="clean_to_noisy", overrides=noisy)
+    assert config.tested_view("teacher") == config.tested_view("student") == "noise:0:10"
 
 
 def test_stages_are_kept_and_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:

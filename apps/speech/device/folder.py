@@ -29,6 +29,8 @@ OUTPUTS = ("logprobs", "encoded_lengths", *(f"{name}_next" for name in INPUTS[2:
 
 # no description or list of symbols comes near these
 _LARGEST_ABOUT, _LARGEST_TOKENS = 1 << 20, 1 << 24
+_LARGEST_NUMBER = 1e9
+_OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -118,8 +120,9 @@ class ExportedFolder:
             _check_hash(self.path, name, self.files[name])
 
     def extra_files(self) -> list[str]:
-        """Return the names of what is in the folder and not in its list."""
-        return sorted(each.name for each in self.path.iterdir() if each.name not in (*self.files, ABOUT))
+        """Return the names of what is in the folder and not in its list, but for what desktops leave in folders."""
+        known = {*self.files, ABOUT, *_OF_DESKTOPS}
+        return sorted(each.name for each in self.path.iterdir() if each.name not in known)
 
 
 def is_export(path: str | os.PathLike[str]) -> bool:
@@ -263,7 +266,8 @@ def _count(least: int, most: int) -> Callable[[Any], bool]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON's 1e999 is infinity, and its integers have no end
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER
 
 
 def _confidence(value: Any) -> bool:

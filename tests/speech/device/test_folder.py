@@ -42,7 +42,8 @@ def test_what_is_in_it(folder: Path) -> None:
     assert found.model(True) == folder / "model.int8.onnx" and found.model(False) == folder / "model.onnx"
     assert found.files["tokens.txt"] == Listed((folder / "tokens.txt").stat().st_size, sha256(folder / "tokens.txt"))
     assert is_export(folder) and not is_export(folder / "tokens.txt") and not is_export(folder.parent)
-    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    for name in ("notes.txt", ".DS_Store"):
+        (folder / name).write_text("mine", encoding="utf-8")
     assert ExportedFolder.open(folder).extra_files() == ["notes.txt"]
 
 
@@ -140,6 +141,7 @@ def test_a_huge_description_is_not_read(folder: Path) -> None:
         ({"chunk_shift": 6}, "window_size, chunk_shift: got 16 and 6"),
         ({"confidence": {"slope": 1.0}}, "confidence: got {'slope': 1.0}, wanted slope and offset, or null"),
         ({"confidence": {"slope": 1.0, "offset": "0"}}, "confidence: got"),
+        ({"confidence": {"slope": 10**400, "offset": 0}}, "confidence: got"),
         ({"decode": []}, "decode: got \\[\\]"),
         ({"self_test": {"audio": "other.wav", "text": {"model.onnx": "a"}}}, "self_test: names files that are not"),
         ({"self_test": {"audio": "self_test.wav", "text": {}}}, "self_test: got"),
