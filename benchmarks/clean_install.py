@@ -2,8 +2,8 @@
 
     python -m benchmarks.clean_install --run runs/demo/speech
 
-prints as JSON the megabytes that the install adds, what it brought along, and what was heard; it fails if torch came with
-it, if ``kd speech check`` refuses the export, or if its clip is heard otherwise than where it was exported.
+prints as JSON the megabytes that the install adds, what it brought along, and what was heard; it fails if torch came
+with it, if ``kd speech check`` refuses the export, or if its clip is heard otherwise than where it was exported.
 """
 
 from __future__ import annotations
