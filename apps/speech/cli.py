@@ -236,13 +236,20 @@ def _add_export(verbs: Any) -> None:
     )
     parser.add_argument("--name", help="of the model (default the run's)")
     parser.add_argument("--only", choices=("int8", "fp32"), help="keep that model file alone (default both)")
+    parser.add_argument(
+        "--chunk-ms",
+        type=int,
+        metavar="MS",
+        help="what one step hears, a multiple of 40 (default as trained): short answers sooner, long costs less",
+    )
     parser.add_argument("--licence", help="of the data, for the card (default what is stated beside it)")
 
 
 def _export(args: argparse.Namespace) -> int:
     from apps.speech.export import export
 
-    print(export(args.run, args.model, args.out, name=args.name, licence=args.licence, only=args.only))
+    given = {name: getattr(args, name) for name in ("name", "licence", "only", "chunk_ms")}
+    print(export(args.run, args.model, args.out, **given))
     return 0
 
 

@@ -58,6 +58,7 @@ _ONLY = {"int8": INT8_MODEL, "fp32": MODEL}
 _PROVED, _LONGEST = 3, 1000
 # utterances that both models transcribe
 _MOST_CLIPS = 1000
+_LONGEST_CHUNK_MS = 2000
 # seconds of a clip that is not too short to say something nor too long to ship
 _CLIP_SECONDS = (1.0, 4.0)
 
@@ -79,6 +80,7 @@ def export(
     name: str | None = None,
     licence: str | None = None,
     only: str | None = None,
+    chunk_ms: int | None = None,
 ) -> Path:
     """Write the deployed student of a finished run to ``out`` and return it; the folder appears whole or not at all.
 
@@ -91,9 +93,12 @@ def export(
         name: of the model; that of the run's folder otherwise.
         licence: of the data, for the card; what is stated beside the recordings otherwise.
         only: ``int8`` or ``fp32`` keeps that model file alone, for a small download.
+        chunk_ms: what one step hears, a multiple of 40 ms, instead of the chunk of training: short ones answer sooner,
+            long ones cost less. Only for a model that says the same in any chunk.
 
     Raises:
-        UserError: an unfinished run, a model that does not stream, or ``out`` holds something else.
+        UserError: an unfinished run, a model that does not stream, a chunk that it was not trained for, or ``out``
+            holds something else.
         ParityError: onnxruntime does not answer as PyTorch does.
     """
     check_target(out, is_export)
@@ -103,6 +108,8 @@ def export(
         raise UserError(
             f"{run / role}: {model.label()} hears whole utterances; wanted --model student or student_alone"
         )
+    if chunk_ms is not None:
+        _set_chunk(model, chunk_ms)
     facts = run_facts(pipeline, role, licence)
     file = run / role / "calibration.json"
     calibration = Calibration(**read_json(file)) if file.exists() else None
@@ -110,6 +117,19 @@ def export(
     clips, name = _clips(pipeline), name or run.name
     export_model(model, units, out, clips, name, calibration=calibration, decode=decode, run=facts, only=only)
     return out
+
+
+def _set_chunk(model: StreamingModel, chunk_ms: int) -> None:
+    """Make a model work in other chunks; UserError for one whose answers, and so its error rates, depend on them."""
+    if chunk_ms % FRAME_MS or not FRAME_MS <= chunk_ms <= _LONGEST_CHUNK_MS:
+        raise UserError(f"--chunk-ms: got {chunk_ms}, wanted a multiple of {FRAME_MS} up to {_LONGEST_CHUNK_MS}")
+    before, trained = model.look_ahead_ms, model.chunk_frames * FRAME_MS
+    model.options = replace(model.options, chunk=chunk_ms // FRAME_MS)
+    if model.look_ahead_ms != before:
+        raise UserError(
+            f"--chunk-ms: {model.kind} was trained and measured in chunks of {trained} ms and looks ahead in them; "
+            "train one with another student.options.chunk"
+        )
 
 
 def export_model(

@@ -261,6 +261,31 @@ def test_one_model_alone_is_a_small_folder(run_folder: Path, tmp_path: Path) -> 
         Recognizer(one, int8=False)
 
 
+def test_the_chunk_is_chosen_where_the_text_does_not_depend_on_it(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = {}
+    clip = noise(3.0)
+    for chunk_ms in (40, 160, 640):
+        out = export(run_folder, "student", tmp_path / str(chunk_ms), chunk_ms=chunk_ms)
+        about = ExportedFolder.open(out)
+        frames = chunk_ms // 10
+        assert (about.chunk_ms, about.window_size, about.look_ahead_ms) == (chunk_ms, frames, 0)
+        assert f"{chunk_ms} ms" in (out / "README.md").read_text()
+        assert all(found.ok for found in check_folder(out))
+        heard[chunk_ms] = Listener(out / "model.onnx", frames).hear(fbank(clip))
+    for other in (40, 640):
+        np.testing.assert_allclose(heard[other], heard[160], atol=1e-4)
+    for wrong in (0, 100, 4000):
+        with pytest.raises(UserError, match=f"--chunk-ms: got {wrong}, wanted a multiple of 40"):
+            export(run_folder, "student", tmp_path / "none", chunk_ms=wrong)
+    conformer = made(*MODELS["conformer"])
+    monkeypatch.setattr("apps.speech.export.load_model", lambda folder: (conformer, UNITS))
+    with pytest.raises(UserError, match="chunked_conformer was trained and measured in chunks of 160 ms"):
+        export(run_folder, "student", tmp_path / "none", chunk_ms=80)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_of_an_earlier_version_is_exported(run_folder: Path, tmp_path: Path) -> None:
     older = tmp_path / "older"
     shutil.copytree(run_folder, older)
