@@ -127,7 +127,18 @@ def runtime(result: dict[str, Any]) -> str:
     for name, peer in result["sherpa_onnx"].items():
         if isinstance(peer, dict):
             lines.append(f"| text as sherpa-onnx writes it, {name} | {peer['same_text']:.1%} | (at least 99 %) |")
-    return "\n".join([*lines, "", f"{result['data']}; one core; what misses is bold. {_command('runtime')}"])
+    usual = result["streaming"]["chunk_ms"]
+    chunks = "".join(
+        f" In chunks of {chunk} ms instead of {usual} (`kd speech export --chunk-ms`), float32: "
+        f"first partial result p95 {each['first_partial_ms']['p95']:.0f} ms, real-time factor "
+        f"{each['real_time_factor']:.4f}, same text {each['same_text']:.1%}."
+        for chunk, each in result.get("chunks", {}).items()
+    )
+    server = result["server"]
+    if "words_as_alone" in server:
+        chunks += f" Of {server['words']} words of the live streams {server['words_as_alone']} are those of each alone."
+    about = f"{result['data']}; one core; what misses is bold.{chunks} {_command('runtime')}"
+    return "\n".join([*lines, "", about])
 
 
 def _percent(values: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ from kdcore.progress import Announcer
 RECIPE = "ctc_sequence_level"
 # samples of a packet of a live stream: 40 ms
 _PACKET = 640
+# of exports in other chunks than that of training
+CHUNKS_MS = (80, 640)
 TARGETS = {
     "small_int8_bytes": 1_100_000,
     "tiny_int8_bytes": 450_000,
@@ -88,7 +90,8 @@ def run(
         "starts": starts(bench.folder, bench.shortest, repeats),
         "word_error_rate": bench.error_rates(texts),
         "sherpa_onnx": bench.beside_sherpa(texts),
-        "streaming": bench.streaming(texts["int8"]),
+        "streaming": bench.streaming(bench.folder, texts["int8"]),
+        "chunks": bench.chunks(texts["fp32"]),
         "server": streamed(
             bench.folder, bench.clips, streams=streams, seconds=stream_seconds, work=bench.work / "server"
         ),
@@ -212,12 +215,30 @@ class Bench:
             found[name] = {"utterances": len(self.clips), "same_text": same / len(self.clips)}
         return found
 
-    def streaming(self, texts: Sequence[str]) -> dict[str, Any]:
+    def chunks(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return by the milliseconds of a chunk what it costs in files and when the first partial result comes.
+
+        All in float32, whose ``texts`` they are compared with.
+        """
+        found = {}
+        for chunk_ms in CHUNKS_MS:
+            folder = self.work / f"chunks-{chunk_ms}"
+            export(self.pipeline.run.path, "student", folder, name="student", chunk_ms=chunk_ms)
+            heard, cost = transcribed(folder, self.files, ["--fp32"])
+            live = self.streaming(folder, texts, int8=False)
+            found[str(chunk_ms)] = {
+                "real_time_factor": cost["real_time_factor"],
+                "same_text": float(np.mean([one == other for one, other in zip(heard, texts, strict=True)])),
+                "first_partial_ms": live["first_partial_ms"],
+            }
+        return found
+
+    def streaming(self, folder: Path, texts: Sequence[str], *, int8: bool = True) -> dict[str, Any]:
         """Return how partial results change and when the first comes, in packets of 40 ms, by the teacher's times.
 
         What is final is never taken back: it is compared with ``texts``, what the whole files said.
         """
-        recognizer = Recognizer(self.folder)
+        recognizer = Recognizer(folder, int8=int8)
         teacher = Measurement(self.pipeline).hear(self.pipeline.cells(self.pipeline.config.seeds[0])[0], "test")
         symbols = self.pipeline.prepared.units.symbols
         changed = updates = same = 0
@@ -235,7 +256,7 @@ class Bench:
                     before = now
             same += final == text
             waits.append(1e3 * (first - said[0]["end"]) if said and first is not None else None)
-        about = ExportedFolder.open(self.folder)
+        about = ExportedFolder.open(folder)
         return {
             "updates": updates,
             "flicker": changed / max(updates, 1),

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from apps.speech.features import SAMPLE_RATE
 from apps.speech.latency import summarise
+from apps.speech.runtime import Recognizer
 from kdcore.child_processes import ServerProcess
 
 # what a microphone sends at once
@@ -28,19 +30,24 @@ def streamed(folder: Path, clips: Sequence[np.ndarray], *, streams: int, seconds
     """Return how long ``streams`` clients wait for the end of what they said, and what happens to more of them.
 
     Each client sends clips (float32 [n] at 16 kHz) for about ``seconds``, as fast as they are spoken. The server and
-    they share this machine.
+    they share this machine. The words heard in company are compared with those of each stream by itself.
     """
     words = ["-m", "apps.cli", "speech", "serve", "--model", str(folder), "--port", "0", "--max-streams", str(streams)]
     with ServerProcess([sys.executable, *words], work) as server:
-        found = asyncio.run(_all(f"ws://127.0.0.1:{server.port}/v1/listen", clips, streams, seconds))
+        found = asyncio.run(
+            _all(f"ws://127.0.0.1:{server.port}/v1/listen", Recognizer(folder), clips, streams, seconds)
+        )
         found["server_cpu_seconds"] = server.cpu_seconds()
         found["server_megabytes"] = server.memory()["rss"] / 1e6
     return found
 
 
-async def _all(address: str, clips: Sequence[np.ndarray], streams: int, seconds: float) -> dict[str, Any]:
+async def _all(
+    address: str, recognizer: Recognizer, clips: Sequence[np.ndarray], streams: int, seconds: float
+) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     said = [_speech(clips, generator, seconds) for _ in range(streams)]
+    alone = [_alone(recognizer, audio) for audio in said]
     began = asyncio.Event()
     speaking = [
         asyncio.create_task(_speak(address, audio, began, float(generator.uniform(0.0, _PACKET_SECONDS))))
@@ -56,7 +63,9 @@ async def _all(address: str, clips: Sequence[np.ndarray], streams: int, seconds:
         "streams": streams,
         "audio_seconds": sum(len(audio) for audio in said) / SAMPLE_RATE,
         "final_ms": summarise(waits),
-        "streams_with_words": sum(words > 0 for _, words in ended),
+        "streams_with_words": sum(bool(words) for _, words in ended),
+        "words": sum(len(words) for words in alone),
+        "words_as_alone": sum(_same(words, wanted) for (_, words), wanted in zip(ended, alone, strict=True)),
         "beyond_the_limit": {"tried": _BEYOND, "refused": sum(code == "overloaded" for code in refused)},
     }
 
@@ -78,12 +87,28 @@ def _speech(clips: Sequence[np.ndarray], generator: np.random.Generator, seconds
     return np.concatenate(parts)
 
 
-async def _speak(address: str, audio: np.ndarray, began: asyncio.Event, late: float) -> tuple[float, int]:
-    """Return the milliseconds from the end of the audio to the server's last word, and how many words there were."""
+def _sixteen(audio: np.ndarray) -> np.ndarray:
+    return (np.clip(audio, -1.0, 1.0) * 32767).astype("<i2")
+
+
+def _alone(recognizer: Recognizer, audio: np.ndarray) -> list[str]:
+    """Return the words of a stream that the network hears by itself."""
+    samples = _sixteen(audio).astype(np.float32) / 32768
+    finals = [segment for update in recognizer.transcribe([samples]) for segment in update.final]
+    return [word["word"] for segment in finals for word in segment.words]
+
+
+def _same(words: Sequence[str], wanted: Sequence[str]) -> int:
+    """Return how many words two texts share, in order."""
+    return sum(block.size for block in SequenceMatcher(None, words, wanted, autojunk=False).get_matching_blocks())
+
+
+async def _speak(address: str, audio: np.ndarray, began: asyncio.Event, late: float) -> tuple[float, list[str]]:
+    """Return the milliseconds from the end of the audio to the server's last word, and the words."""
     from websockets.asyncio.client import connect
 
     packet = round(_PACKET_SECONDS * SAMPLE_RATE)
-    sixteen = (np.clip(audio, -1.0, 1.0) * 32767).astype("<i2")
+    sixteen = _sixteen(audio)
     async with connect(address, compression=None, max_queue=None) as socket:
         await began.wait()
         await asyncio.sleep(late)
@@ -93,11 +118,11 @@ async def _speak(address: str, audio: np.ndarray, began: asyncio.Event, late: fl
             await asyncio.sleep(started + (place + 1) * _PACKET_SECONDS - time.perf_counter())
             await socket.send(sixteen[start : start + packet].tobytes())
         await socket.send('{"type": "stop"}')
-        stopped, words = time.perf_counter(), 0
+        stopped, words = time.perf_counter(), list[str]()
         async for text in socket:
             message = json.loads(text)
             if message["type"] == "final":
-                words += len(message["words"])
+                words += [word["word"] for word in message["words"]]
             elif message["type"] == "end":
                 break
         return (time.perf_counter() - stopped) * 1e3, words

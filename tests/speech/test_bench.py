@@ -155,7 +155,11 @@ def test_runtime_measures_what_was_exported(data: Path, tmp_path: Path) -> None:
     assert rates["int8 costs"] == pytest.approx(rates["int8"] - rates["fp32"]) and rates["fp32"] > 0
     assert found["sherpa_onnx"]["fp32"]["utterances"] == len(test)
     assert found["streaming"]["same_text_as_whole_files"] > 0.9
+    assert found["chunks"].keys() == {"80", "640"}
+    for each in found["chunks"].values():
+        assert each["same_text"] > 0.9 and each["real_time_factor"] > 0
     served = found["server"]
+    assert 0.8 * served["words"] < served["words_as_alone"] <= served["words"]
     assert served["final_ms"]["n"] == 2 and served["final_ms"]["p95"] > 0
     assert served["beyond_the_limit"]["refused"] == served["beyond_the_limit"]["tried"] > 0
 
