@@ -113,9 +113,12 @@ def export(
     facts = run_facts(pipeline, role, licence)
     file = run / role / "calibration.json"
     calibration = Calibration(**read_json(file)) if file.exists() else None
+    file = run / role / "delay.json"
+    delay_ms = int(read_json(file)["delay_ms"]) if file.exists() else 0
     decode = _decoding(pipeline, role, facts.seed)
     clips, name = _clips(pipeline), name or run.name
-    export_model(model, units, out, clips, name, calibration=calibration, decode=decode, run=facts, only=only)
+    given: dict[str, Any] = {"calibration": calibration, "delay_ms": delay_ms, "decode": decode}
+    export_model(model, units, out, clips, name, **given, run=facts, only=only)
     return out
 
 
@@ -140,6 +143,7 @@ def export_model(
     name: str,
     *,
     calibration: Calibration | None = None,
+    delay_ms: int = 0,
     decode: Mapping[str, Any] | None = None,
     run: RunFacts | None = None,
     only: str | None = None,
@@ -150,6 +154,7 @@ def export_model(
         clips: recordings on which parity is proved and both models are compared, the first thousand; one of them
             becomes the self-test.
         calibration: what makes confidences probabilities.
+        delay_ms: how long after a word the model emits it.
         decode: settings of use in decoding, as they are stored.
         run: what the card says of data, training and accuracy.
         only: as ``export``; the other model is compared with all the same.
@@ -187,10 +192,9 @@ def export_model(
             run=run,
         )
         write_text(folder / CARD, render(card))
-        about = {**_about(card, calibration), "decode": dict(decode or {})}
-        about["self_test"] = {"audio": CLIP, "text": {file: compared.texts[file] for file in kept}}
-        about["files"] = _checksums(folder)
-        write_json(folder / ABOUT, about)
+        about = {**_about(card, calibration), "delay_ms": delay_ms, "decode": dict(decode or {})}
+        test = {"audio": CLIP, "text": {file: compared.texts[file] for file in kept}}
+        write_json(folder / ABOUT, {**about, "self_test": test, "files": _checksums(folder)})
 
 
 def _keep(folder: Path, only: str | None) -> tuple[str, ...]:

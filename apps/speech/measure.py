@@ -18,16 +18,16 @@ from apps.speech.decode.greedy import greedy
 from apps.speech.decode.lexicon import WordDecoder
 from apps.speech.decode.ngram import write_arpa
 from apps.speech.decode.words import Word, timed_words
-from apps.speech.evaluate import Scores, compare, score, worst
+from apps.speech.evaluate import METRICS, UNITS, Scores, compare, score, worst
 from apps.speech.latency import (
     ComputeTime,
     emission_delays,
     finalisation_latency,
     first_symbol_latency,
-    peak_memory,
     real_time_factor,
     summarise,
 )
+from apps.speech.memory import model_memory
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model, model_bytes
 from apps.speech.pipeline import Cell, Pipeline
@@ -93,6 +93,16 @@ class Measurement:
                 found = dict(fitting.all_log_probs(model, store))
         return Heard([found[row] for row in range(len(store))], spent.seconds)
 
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Return by role what the first seed's model takes to hear the longest utterance of the test part.
+
+        Models that are not stored in the run (pretrained ones, ensembles) are left out.
+        """
+        store = self.prepared.store("test", self.config.test_view)
+        longest = np.array(store[int(store.lengths.argmax())])
+        cells = [each for each in self.pipeline.cells(self.config.seeds[0]) if (each.folder / "model.json").exists()]
+        return {each.role: {"peak_memory_bytes": model_memory(each.folder, longest)} for each in cells}
+
     def decoder(self, lm_weight: float, word_score: float) -> WordDecoder:
         """Return a decoder of lexicon words under the language model."""
         return WordDecoder(
@@ -153,6 +163,17 @@ class Measurement:
             write_json(cell.folder / "calibration.json", {"scale": calibration.scale, "offset": calibration.offset})
         return Chosen(self.tune(heard) if self.config.decode.order else None, calibration)
 
+    def lag(self, student: Heard, teacher: Heard) -> int:
+        """Return by how many ms the student's words end behind the teacher's on validation, the median, at least 0."""
+        symbols = self.prepared.units.symbols
+        late: list[float | None] = []
+        references = [self.config.data.text.normalise(text) for text in self.prepared.texts("valid")]
+        for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
+            words = [{**word, "emitted": word["end"]} for word in timed_words(greedy(own), symbols)]
+            said: list[Word] = timed_words(greedy(theirs), symbols)
+            late += [each.delay_ms for each in emission_delays(words, said, reference)]
+        return max(0, round(summarise(late)["p50"] or 0))
+
     def delays(self, student: Heard, teacher: Heard, model: StreamingModel, part: str) -> dict[str, list[float | None]]:
         """Return how long a part's words wait for the student, in ms, by the times of the teacher's best path.
 
@@ -179,30 +200,47 @@ class Measurement:
         return found
 
 
-def evaluate(pipeline: Pipeline) -> list[dict[str, Any]]:
-    """Measure every model of every seed on validation and test; write metrics, comparisons, slices and examples."""
+def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]]:
+    """Measure every model of every seed on validation and test; write metrics, comparisons, slices and examples.
+
+    ``memory`` measures that of each model too (``memory.model_memory``), in a process of its own.
+    """
     with processes.first_process_first():
-        return _evaluated(pipeline) if processes.is_first_process() else pipeline.run.read_metrics()
+        return _evaluated(pipeline, memory) if processes.is_first_process() else pipeline.run.read_metrics()
 
 
-def _evaluated(pipeline: Pipeline) -> list[dict[str, Any]]:
+def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
     measurement = Measurement(pipeline)
+    taken = measurement.memory() if memory else {}
     rows: list[dict[str, Any]] = []
     tested: dict[str, dict[str, list[Scores]]] = {name: {} for name in DECODINGS}
     sliced: list[dict[str, Any]] = []
     for seed in pipeline.config.seeds:
-        teacher: Heard | None = None
+        teacher: dict[str, Heard] | None = None
         for cell in pipeline.cells(seed):
             pipeline.announce(f"seed {seed}: evaluating {cell.role.replace('_', ' ')}")
             heard = {part: measurement.hear(cell, part) for part in ("valid", "test")}
-            teacher = heard["test"] if cell.role == "teacher" else teacher
+            teacher = heard if cell.role == "teacher" else teacher
             chosen = measurement.choose(cell, heard["valid"])
+            if cell.role != "teacher" and teacher is not None:
+                # what an export takes off the times of words
+                write_json(cell.folder / "delay.json", {"delay_ms": measurement.lag(heard["valid"], teacher["valid"])})
             for part, said in heard.items():
                 found = measurement.decoded(part, said, chosen.weights)
                 metrics = _metrics(measurement, part, said, found, chosen.calibration)
                 if part == "test" and cell.role != "teacher" and teacher is not None:
-                    metrics |= _delays(measurement, cell, said, teacher)
-                rows.append(_row(measurement, cell, part, metrics, chosen))
+                    metrics |= _delays(measurement, cell, said, teacher["test"])
+                rows.append(
+                    _row(
+                        measurement,
+                        cell,
+                        part,
+                        metrics,
+                        chosen,
+                        intervals=_intervals(found["wer"]),
+                        **taken.get(cell.role, {}),
+                    )
+                )
                 for name, scores in found.items():
                     scores.save(cell.folder.parent / "evaluation" / f"{part}-{cell.role}-{name}-{seed}.jsonl")
                     if part == "test":
@@ -250,7 +288,12 @@ def _delays(measurement: Measurement, cell: Cell, student: Heard, teacher: Heard
 
 
 def _row(
-    measurement: Measurement, cell: Cell, part: str, metrics: Mapping[str, float], chosen: Chosen
+    measurement: Measurement,
+    cell: Cell,
+    part: str,
+    metrics: Mapping[str, float],
+    chosen: Chosen,
+    **more: Any,
 ) -> dict[str, Any]:
     about = _about(cell)
     return metric_row(
@@ -266,8 +309,7 @@ def _row(
         train_seconds=about["train_seconds"],
         train_cpu_seconds=about["train_cpu_seconds"],
         lm_weights=list(chosen.weights) if chosen.weights else None,
-        # of the process that evaluates, up to here, with whatever it trained before
-        peak_memory_bytes=peak_memory(),
+        **more,
     )
 
 
@@ -286,18 +328,37 @@ def _label(cell: Cell) -> str:
 
 
 def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[Scores]]]) -> list[dict[str, Any]]:
-    """Return the paired differences of the student to the others, with intervals over utterances and seeds."""
+    """Return the paired differences of the student to the others, with intervals over utterances, speakers and seeds.
+
+    Those over utterances come first: they are what the report's table has.
+    """
     labels = {cell.role: _label(cell) for cell in pipeline.cells(pipeline.config.seeds[0])}
     rows = []
-    for metric, by_role in tested.items():
-        for other in ("student_alone", "teacher"):
-            if "student" not in by_role or other not in by_role:
-                continue
-            fields = compare(by_role["student"], by_role[other]).as_dict()
-            fields["difference"] = fields.pop("value")
-            sides = {side: {"role": role, "model": labels[role]} for side, role in (("a", "student"), ("b", other))}
-            rows.append({"metric": metric, "split": "test", **sides, **fields})
+    for metric, decoding in (("wer", "wer"), ("cer", "wer"), ("wer_lm", "wer_lm")):
+        by_role = tested[decoding]
+        for by in UNITS:
+            for other in ("student_alone", "teacher"):
+                if "student" not in by_role or other not in by_role or not _known(by_role["student"][0], by):
+                    continue
+                fields = compare(by_role["student"], by_role[other], METRICS[metric == "cer"], by=by).as_dict()
+                fields["difference"] = fields.pop("value")
+                sides = {side: {"role": role, "model": labels[role]} for side, role in (("a", "student"), ("b", other))}
+                rows.append({"metric": metric, "split": "test", **sides, **fields})
     return rows
+
+
+def _known(scores: Scores, by: str) -> bool:
+    """Return whether the units are there: every utterance names its speaker, and there are several."""
+    return by == "utterance" or (all(scores.speakers) and len(set(scores.speakers)) > 1)
+
+
+def _intervals(scores: Scores) -> dict[str, dict[str, list[float | None]]]:
+    """Return the 95 % intervals of a model's own rates by metric and unit."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for metric in METRICS:
+        each = {by: scores.interval(metric, by=by) for by in UNITS if _known(scores, by)}
+        found[metric] = {by: [estimate.low, estimate.high] for by, estimate in each.items()}
+    return found
 
 
 def _write_examples(pipeline: Pipeline, tested: Mapping[str, Sequence[Scores]]) -> None:

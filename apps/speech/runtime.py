@@ -135,7 +135,7 @@ class Stream:
         self._recognizer = recognizer
         network = recognizer.network
         self._features = OnlineFeatures()
-        self._segmenter = Segmenter(recognizer.decoder.search, recognizer.endpoint)
+        self._segmenter = Segmenter(recognizer.decoder.search, recognizer.endpoint, delay_ms=recognizer.folder.delay_ms)
         self._gate = Gate(recognizer.gate) if recognizer.gate else None
         shift_seconds = network.shift / 100
         # windows that nobody speaks in, heard only if somebody is about to

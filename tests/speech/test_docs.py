@@ -212,12 +212,12 @@ def _known(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_and_files_that_the_page_speaks_of_exist(capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     for option in set(re.findall(r"`(--[a-z0-9-]+)", text)):
-        for verb in ("transcribe", "serve"):
+        for verb in ("transcribe", "serve", "export"):
             with suppress(AssertionError):
                 _known([verb, option], capsys)
                 break
         else:
-            raise AssertionError(f"{option}: is an option of neither transcribe nor serve")
+            raise AssertionError(f"{option}: is no option of transcribe, serve or export")
     for name in set(re.findall(r"`((?:examples|tests|docs)/[\w./-]+)`", text)):
         assert (ROOT / name).exists(), name
     assert "docs/on_device.md" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -132,14 +132,14 @@ def test_a_convolution_of_single_channels_is_a_sum() -> None:
 def test_what_the_folder_says_of_itself(tmp_path: Path) -> None:
     model = made(*MODELS["conformer"])
     clips = [*noises(), Clip("with text", noise(1.5, 9), "a text")]
-    export_model(
-        model, UNITS, tmp_path / "out", clips, "little", calibration=Calibration(1.5, -0.25), decode={"lm_weight": 1.0}
-    )
+    given = {"calibration": Calibration(1.5, -0.25), "delay_ms": 80, "decode": {"lm_weight": 1.0}}
+    export_model(model, UNITS, tmp_path / "out", clips, "little", **given)
     folder = ExportedFolder.open(tmp_path / "out", verify=True)
     assert (folder.name, folder.kind, folder.units) == ("little", "chunked_conformer", "characters")
     assert folder.parameters == model.parameter_count() and folder.symbols == UNITS.symbols
     assert (folder.window_size, folder.chunk_ms, folder.look_ahead_ms) == (16, 160, model.look_ahead_ms)
-    assert folder.confidence == {"slope": 1.5, "offset": -0.25} and folder.decode == {"lm_weight": 1.0}
+    assert folder.delay_ms == 80 and folder.confidence == {"slope": 1.5, "offset": -0.25}
+    assert folder.decode == {"lm_weight": 1.0}
     assert set(folder.files) == {"model.onnx", "model.int8.onnx", "tokens.txt", "README.md", "self_test.wav"}
     assert folder.extra_files() == []
     about = soundfile.info(tmp_path / "out" / "self_test.wav")
@@ -236,6 +236,7 @@ def test_a_run_becomes_a_folder_with_its_card(run_folder: Path, tmp_path: Path) 
     assert folder.name == "simulated student" and folder.decode["beam"] == 4
     calibration = run_folder / "student" / "calibration.json"
     assert (folder.confidence is None) == (not calibration.exists())
+    assert folder.delay_ms == json.loads((run_folder / "student" / "delay.json").read_text())["delay_ms"]
     if folder.confidence:
         assert folder.confidence["slope"] == json.loads(calibration.read_text(encoding="utf-8"))["scale"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

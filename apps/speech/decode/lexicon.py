@@ -220,7 +220,7 @@ class WordDecoder:
         hotwords: phrases with boosts, on top.
         max_words: the most words in an utterance; None for any number.
         recombine: as in ``PrefixSearch``; without it a beam of the same reach is several times as wide, and the N best
-            hold every alternative, which ``words.word_shares`` needs.
+            hold every alternative.
         beam, tokens, floor, threshold: as in ``PrefixSearch``.
 
     Raises:

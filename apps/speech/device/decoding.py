@@ -18,7 +18,7 @@ from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import GreedyStream
 from apps.speech.decode.hotwords import Hotwords
 from apps.speech.decode.lexicon import WordDecoder, WordStream
-from apps.speech.decode.lm import LanguageModel
+from apps.speech.decode.lm import LanguageModel, check_arpa
 from apps.speech.decode.words import Word, timed_words
 from apps.speech.device.spelling import Symbols, normalised
 from kdcore.config import UserError
@@ -108,6 +108,7 @@ class Decoder:
                 words = [word for word in known if self._symbols.can_spell(word)]
                 self.left_out = tuple(word for word in known if not self._symbols.can_spell(word))
                 if not words:
+                    check_arpa(decoding.lm)  # what is no ARPA file holds no word either, and is told as such
                     raise UserError(f"{decoding.lm}: holds no word that the model's symbols can spell")
             words = list(dict.fromkeys(words))
             model = LanguageModel(decoding.lm, words)

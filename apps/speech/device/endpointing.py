@@ -55,10 +55,13 @@ class Segmenter:
     Options:
         search: makes the search of a segment.
         rules: as in ``decode.endpoint``. A rule without silence says how long a segment may be where nobody pauses.
+        delay_ms: how long after a word the model emits it; the times of words are earlier by that, and not below 0.
     """
 
-    def __init__(self, search: Callable[[], Search], rules: Sequence[Rule] | None = RULES) -> None:
-        self._new_search = search
+    def __init__(
+        self, search: Callable[[], Search], rules: Sequence[Rule] | None = RULES, *, delay_ms: float = 0.0
+    ) -> None:
+        self._new_search, self._delay = search, delay_ms / 1000
         self._pause_rules = [rule for rule in rules or () if rule.silence > 0]
         lengths = [rule.length for rule in rules or () if rule.silence == 0]
         self._longest = math.ceil(round(min(lengths) / FRAME_SECONDS, 6)) if lengths else None
@@ -160,12 +163,12 @@ class Segmenter:
 
     def _timed(self, words: Sequence[Word]) -> list[Word]:
         """Return words with the times of the audio instead of the segment's, in ms, and confidences to four places."""
-        shift = self._first * FRAME_SECONDS
+        shift = self._first * FRAME_SECONDS - self._delay
         return [
             {
                 "word": word["word"],
-                "start": round(word["start"] + shift, 3),
-                "end": round(word["end"] + shift, 3),
+                "start": round(max(0.0, word["start"] + shift), 3),
+                "end": round(max(0.0, word["end"] + shift), 3),
                 "confidence": round(word["confidence"], 4),
             }
             for word in words

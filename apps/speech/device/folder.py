@@ -57,6 +57,7 @@ class ExportedFolder:
         subsampling_factor: feature frames to a frame of ``logprobs``.
         chunk_ms: milliseconds of audio a step.
         look_ahead_ms: milliseconds behind a frame that it may depend on.
+        delay_ms: how long after the teacher's words this model emits them, which is taken off their times.
         confidence: slope and offset that make a word's confidence a probability; None where none were fitted.
         decode: settings of the run that are of use in decoding.
         self_test: {"audio": file, "text": {model file: what it hears there}}.
@@ -75,6 +76,7 @@ class ExportedFolder:
     subsampling_factor: int
     chunk_ms: int
     look_ahead_ms: int
+    delay_ms: int
     confidence: dict[str, float] | None
     decode: dict[str, Any]
     self_test: dict[str, Any]
@@ -308,6 +310,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "subsampling_factor": ("4", lambda value: value == 4 and _number(value)),
     "chunk_ms": ("milliseconds", _count(1, 1 << 20)),
     "look_ahead_ms": ("milliseconds", _count(0, 1 << 20)),
+    "delay_ms": ("milliseconds", _count(0, 1 << 20)),
     "confidence": ("slope and offset, or null", _confidence),
     "decode": ("settings", lambda value: isinstance(value, dict)),
     "self_test": ("a file and the text of each model", _self_test),

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from apps.speech.decode.confidence import Calibration, word_confidence
 from apps.speech.decode.ctc import Hypothesis
-from apps.speech.decode.lexicon import WordHypothesis
-from apps.speech.decode.words import timed_words, word_shares, word_spans
+from apps.speech.decode.words import timed_words, word_spans
 from tests.speech.decode.made import Characters, Pieces
 
 
@@ -47,34 +46,11 @@ def test_times_and_confidences() -> None:
         {"word": "no", "start": 0.2, "end": 0.28, "confidence": 0.8},
         {"word": "yes", "start": 0.4, "end": 0.64, "confidence": 0.5},
     ]
-    late = timed_words(
-        hypothesis, units.symbols, delay_ms=220.0, words=["No", "Yes"], calibration=Calibration(1.0, 0.0)
-    )
-    assert [(word["word"], word["start"], word["end"]) for word in late] == [("No", 0.0, 0.06), ("Yes", 0.18, 0.42)]
-    assert [word["confidence"] for word in late] == pytest.approx([0.8, 0.5])
+    named = timed_words(hypothesis, units.symbols, words=["No", "Yes"], calibration=Calibration(1.0, 0.0))
+    assert [word["word"] for word in named] == ["No", "Yes"]
+    assert [word["confidence"] for word in named] == pytest.approx([0.8, 0.5])
     with pytest.raises(ValueError, match="got 1, wanted the 2"):
         timed_words(hypothesis, units.symbols, words=["no"])
-
-
-def test_shares_are_of_hypotheses_that_hear_the_word_there() -> None:
-    units = Characters()
-
-    def heard(text: str, share: float, first: int) -> WordHypothesis:
-        ids = tuple(units.encode(text))
-        frames = tuple(range(first, first + len(ids)))
-        score = float(np.log(share)) - 3.0
-        return WordHypothesis(tuple(text.split()), score, Hypothesis(ids, score, frames, (0.5,) * len(ids)))
-
-    found = [heard("no yes", 0.4, 0), heard("no yet", 0.3, 1), heard("yes", 0.2, 3), heard("no no yes", 0.1, 40)]
-    shares = word_shares(found, units.symbols)
-    assert shares == pytest.approx([0.7, 0.6])
-    words = timed_words(found[0].symbols, units.symbols, words=found[0].words, confidences=shares)
-    assert [word["confidence"] for word in words] == pytest.approx([0.7, 0.6])
-    assert word_shares(found[:1], units.symbols) == [1.0, 1.0]
-    with pytest.raises(ValueError, match="no hypotheses"):
-        word_shares([], units.symbols)
-    with pytest.raises(ValueError, match="confidences: got 1, wanted the 2"):
-        timed_words(found[0].symbols, units.symbols, confidences=[0.5])
 
 
 def test_a_word_is_as_sure_as_its_least_symbol() -> None:

@@ -166,6 +166,7 @@ def export_tones(folder: Path) -> Path:
         "subsampling_factor": 4,
         "chunk_ms": 40 * CHUNK,
         "look_ahead_ms": 0,
+        "delay_ms": 0,
         "confidence": {"slope": 0.5, "offset": 0.25},
         "decode": {},
         "self_test": {

@@ -66,6 +66,19 @@ def test_segments_hold_every_word_once_whatever_the_split(
     assert whole.frames == len(log_probs)
 
 
+def test_the_delay_of_the_model_is_taken_off_the_times() -> None:
+    log_probs = frames(["yes", "no", "ten"], [20, 3, 20], seed=1)
+    search = Decoder(SYMBOLS, Decoding()).search
+    exact, early, none = (Segmenter(search, RULES, delay_ms=delay) for delay in (0, 120, 60_000))
+    plain, shifted = found(exact, log_probs, []), found(early, log_probs, [])
+    assert [segment.text for segment in shifted] == [segment.text for segment in plain] == ["yes", "no ten"]
+    for one, other in zip(plain, shifted, strict=True):
+        for word, earlier in zip(one.words, other.words, strict=True):
+            assert earlier["start"] == pytest.approx(max(0.0, word["start"] - 0.12))
+            assert earlier["end"] == pytest.approx(max(0.0, word["end"] - 0.12))
+    assert {segment.end for segment in found(none, log_probs, [])} == {0.0}
+
+
 def test_the_best_path_is_cut_into_what_it_is() -> None:
     log_probs = frames(["yes", "no"] * 10, [2] * 20, 1)
     result = found(segmenter(), log_probs, [])

@@ -473,6 +473,19 @@ def test_words_left_out_are_told_once(
     assert err == f"kd: {arpa}: 1 words that cannot be spelled are left out: zebra\n"
 
 
+def test_a_text_is_no_language_model(folder: Path, clips: list[str], tmp_path: Path, arpa: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("yes no\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"notes.txt, line 1: no \\data\\ line, wanted an ARPA text"):
+        run(folder, "--lm", str(notes), *clips)
+    text = arpa.read_text(encoding="utf-8")
+    for word in ("yes", "no", "day", "sad"):
+        text = text.replace(f"\t{word}\t", f"\tz{word}\t").replace("yes no\n", "zyes zno\n")
+    arpa.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="holds no word that the model's symbols can spell"):
+        run(folder, "--lm", str(arpa), *clips)
+
+
 @pytest.fixture
 def arpa(tmp_path: Path) -> Path:
     path = tmp_path / "lm.arpa"
