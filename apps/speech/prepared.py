@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from apps.speech.config import SpeechConfig, UnitsConfig
+from apps.speech.data.changes import state
 from apps.speech.data.formats import read_corpus
 from apps.speech.data.manifest import write_manifest
-from apps.speech.data.parts import Parts, read_parts, spellable
+from apps.speech.data.parts import UNPLACED, Parts, no_longer, read_parts, spellable, unwritable
 from apps.speech.data.store import FeatureStore, build_store
-from apps.speech.data.utterance import Corpus
+from apps.speech.data.utterance import SUBSAMPLING, Corpus, needed_frames
 from apps.speech.distill import Utterances
 from apps.speech.features import TAIL_MS, VERSION, with_tail
+from apps.speech.models.huggingface import longest_heard
 from apps.speech.units import Units, train_sentencepiece, train_words
 from apps.speech.views import parse_view
 from kdcore.run import fingerprint, read_json, write_json
@@ -37,8 +40,8 @@ class Prepared:
     counts: dict[str, int]
     # name and whether simulated, of each corpus it was read from
     sources: Sequence[Mapping[str, Any]] = ()
-    # what is wrong with audio that can be read, by part and kind: how often, and the first utterances
-    audio: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    # what is wrong with utterances that are kept, by part and kind: how often, and the first of them
+    remarks: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     announce: Announce = lambda text: None
 
     @property
@@ -51,15 +54,26 @@ class Prepared:
         rows = []
         for part, corpus in self.corpora.items():
             words = sum(len((each.text or "").split()) for each in corpus.utterances)
-            left_out = {name.removeprefix(f"{part}: "): n for name, n in self.counts.items() if name.startswith(part)}
             row: dict[str, Any] = {"part": part, "utterances": len(corpus), "hours": round(corpus.seconds / 3600, 3)}
             row |= {"speakers": len({each.speaker for each in corpus.utterances}), "words": words}
-            row["left out"] = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"
-            row["audio"] = _remarks(self.audio.get(part, {}))
-            if held := Counter(each.extra["corpus"] for each in corpus.utterances if "corpus" in each.extra):
+            row["left out"] = self._left_out(part)
+            row["remarks"] = _remarks(self.remarks.get(part, {}))
+            names = (each.extra.get("corpus") for each in corpus.utterances)
+            if held := Counter(name for name in names if isinstance(name, str)):
                 row["corpora"] = ", ".join(f"{n} {name}" for name, n in held.items())
             rows.append(row)
         return rows
+
+    def _left_out(self, part: str) -> str:
+        """Return in words what was left out of a part; beside training, what nobody knows the part of."""
+        places = {f"{part}: ": ""} | ({f"{UNPLACED}: ": f" ({UNPLACED})"} if part == "train" else {})
+        found = [
+            f"{n} {name.removeprefix(place)}{remark}"
+            for place, remark in places.items()
+            for name, n in self.counts.items()
+            if name.startswith(place)
+        ]
+        return ", ".join(found) or "none"
 
     @property
     def fingerprint(self) -> str:
@@ -107,34 +121,56 @@ class Prepared:
         return [part for part in TRAINING if part in self.corpora]
 
     def training(self, views: Sequence[str], seed: int = 0) -> Utterances:
-        """Return the training rows in some views; those without a text follow those with one."""
+        """Return the training rows in some views; those without a text follow those with one.
+
+        A row whose text is too long for its frames in one of the views is left out of all, and said.
+        """
         parts = self.training_parts
         labels = [
             None if each.text is None else self.units.encode(each.text)
             for part in parts
             for each in self.corpora[part].utterances
         ]
-        return Utterances([self.store(parts, view, seed) for view in views], labels, np.arange(len(labels)))
+        stores = [self.store(parts, view, seed) for view in views]
+        needs = np.array([needed_frames(label) if label is not None else 0 for label in labels])
+        fits = np.ones(len(labels), bool)
+        for view, store in zip(views, stores, strict=True):
+            short = fits & (needs > -(-store.lengths // SUBSAMPLING))
+            if short.any():
+                first = [each for part in parts for each in self.corpora[part].utterances][int(short.argmax())]
+                self.announce(
+                    f"left out, longer text than frames in view {view}: {int(short.sum())} (first {first.id})"
+                )
+            fits &= ~short
+        return Utterances(stores, labels, np.flatnonzero(fits))
 
 
-def _remarks(audio: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return in words how many utterances have bad audio of each kind, and the first of them."""
+def _remarks(remarks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return in words what is wrong with how many utterances, and the first of them."""
     found = []
-    for kind, each in audio.items():
+    for kind, each in remarks.items():
         more = ", ..." if each["count"] > len(each["first"]) else ""
         found.append(f"{each['count']} {kind} ({', '.join(each['first'])}{more})")
     return "; ".join(found) or "good"
 
 
 def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text: None) -> Prepared:
-    """Return the data of a run; it is read and checked at the first call and kept in the run's folder."""
+    """Return the data of a run; it is read and checked at the first call and kept in the run's folder.
+
+    What was left out is said each time, and whether a corpus has changed since it was read.
+    """
     file = folder / "data" / "data.json"
     if not file.exists():
         _write(config, folder / "data", read_parts(config.data, announce))
     about = read_json(file)
+    for what, count in about["left_out"].items():
+        announce(f"left out, {what}: {count}")
+    for path, then in about.get("read", {}).items():
+        if (now := state(Path(path))) is not None and now != then:
+            announce(f"{path}: has changed since {folder} read it; the run goes on with that, another --out reads anew")
     corpora = {part: read_corpus(folder / "data" / f"{part}.jsonl") for part in about["parts"]}
     units = Units.load(folder / "data")
-    return Prepared(folder, corpora, units, about["left_out"], about["corpora"], about["audio"], announce)
+    return Prepared(folder, corpora, units, about["left_out"], about["corpora"], about.get("remarks", {}), announce)
 
 
 def _units(config: UnitsConfig, texts: Sequence[str]) -> Units:
@@ -149,16 +185,23 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
     corpora, short = {}, []
     for part, corpus in parts.corpora.items():
         # test and validation texts are compared as words: what the units cannot write counts as errors
+        if part in ("valid", "test"):
+            parts.notes.setdefault(part, {}).update(unwritable(corpus, units, config.data.text))
         if part == "train":
             corpus, problems = spellable(corpus, units, config.data.text, skip_bad=config.data.skip_bad)
             short += problems
+        if config.teacher.pretrained:
+            seconds = longest_heard(config.taught_views(part))
+            corpus = no_longer(part, corpus, seconds, skip_bad=config.data.skip_bad and part in TRAINING)
         corpora[part] = corpus
     folder.mkdir(parents=True, exist_ok=True)
     units.save(folder)
     for part, corpus in corpora.items():
         write_manifest(folder / f"{part}.jsonl", corpus)
-    problems = [problem for corpus in corpora.values() for problem in corpus.problems] + short
-    about: dict[str, Any] = {"parts": list(corpora), "left_out": Parts(corpora).left_out, "problems": problems[:50]}
+    parts = replace(parts, corpora=corpora)
+    problems = [*parts.problems, *short]
+    about: dict[str, Any] = {"parts": list(corpora), "left_out": parts.left_out, "problems": problems[:50]}
     about["corpora"] = [{"name": source.name, "simulated": source.simulated} for source in parts.sources]
+    about["read"] = {os.path.abspath(source.path): state(source.path) for source in parts.sources}
     # last: its presence says that the data is whole
-    write_json(folder / "data.json", {**about, "audio": parts.audio, "simulated": parts.simulated})
+    write_json(folder / "data.json", {**about, "remarks": parts.remarks, "simulated": parts.simulated})

@@ -109,6 +109,8 @@ BAD = {
     "[1, 2]": "row 2: wanted an object with audio_filepath and text, got [1, 2]",
     '{"text": "yes"}': "row 2: audio_filepath: is missing",
     '{"path": 3}': "row 2: path: got 3, wanted text",
+    '{"audio_filepath": "b.wav", "split": ["train"]}': 'row 2: split: got ["train"], wanted text',
+    '{"audio_filepath": "b.wav", "split": {}}': "row 2: split: got {}, wanted text",
     '{"audio_filepath": "gone.wav", "text": "yes"}': "row 2: audio_filepath: {folder}/gone.wav is no file",
     '{"audio_filepath": ".", "text": "yes"}': "row 2: audio_filepath: {folder} is no file",
     '{"audio_filepath": "a\\u0000.wav"}': "row 2: audio_filepath: got 'a\\x00.wav', which cannot be written",
@@ -162,6 +164,30 @@ def test_nothing_usable(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe{}\n")
     with pytest.raises(UserError, match="row 1: is not UTF-8 text"):
         read_corpus(path)
+
+
+def test_a_row_names_its_split_or_has_that_of_its_file(tmp_path: Path) -> None:
+    for name in "abc":
+        audio(tmp_path / f"{name}.wav")
+    rows = [{"path": "a.wav", "split": None}, {"path": "b.wav", "split": "dev"}, "{", {"path": "x.wav", "split": "dev"}]
+    manifest(tmp_path / "train.jsonl", *rows)
+    manifest(tmp_path / "test.jsonl", {"path": "c.wav"}, {"path": "y.wav"})
+    corpus = read_corpus(tmp_path, skip_bad=True)
+    assert {u.id: u.extra["split"] for u in corpus.utterances} == {"a": "train", "b": "dev", "c": "test"}
+    found = [(each.split, each.reason, each.count) for each in corpus.left_out]
+    assert found == [("test", "no audio", 1), ("train", "unreadable row", 1), ("dev", "no audio", 1)]
+    assert corpus.counts == {"no audio": 2, "unreadable row": 1}
+    assert corpus.split("train").counts == {"unreadable row": 1} and corpus.split("dev").counts == {"no audio": 1}
+    assert read_corpus(tmp_path / "train.jsonl", skip_bad=True).utterances[0].extra == {}
+
+
+def test_what_a_source_says_beside_never_replaces_a_field(tmp_path: Path) -> None:
+    audio(tmp_path / "a.wav")
+    row = {"audio_filepath": "a.wav", "path": "gone.wav", "audio": 3, "speaker": "s", "speaker_id": "t", "mood": "calm"}
+    (utterance,) = read_corpus(manifest(tmp_path / "m.jsonl", row)).utterances
+    assert utterance == Utterance("a", "a.wav", None, 0.5, "s", {"mood": "calm"})
+    odd = Utterance("a", "a.wav", "yes", 0.5, "", {"text": "no", "id": 3, "speaker": "t", "mood": "calm"})
+    assert odd.row() == {"id": "a", "audio_filepath": "a.wav", "text": "yes", "duration": 0.5, "mood": "calm"}
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -226,6 +252,125 @@ def test_common_voice(tmp_path: Path) -> None:
         read_corpus(text(tmp_path / "x.tsv", "a\tb\n"))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("s\tb.mp3\tone\rtwo", "row 3: sentence: holds a carriage return"),
+        (f"s\tb.mp3\t{'x' * 140_000}", "row 3: sentence: has 140000 characters, wanted at most 131072"),
+        ("s\t../../secret.mp3\tone", "row 3: path: got '../../secret.mp3', wanted a file below {folder}/clips"),
+        ("s\t/{folder}/secret.mp3\tone", "row 3: path: got '/"),
+        ("s\tC:\\secret.mp3\tone", "row 3: path: got 'C:"),
+    ],
+)
+def test_a_bad_row_of_common_voice_loses_no_other(tmp_path: Path, row: str, message: str) -> None:
+    folder = tmp_path / "cv"
+    for name in ("cv/clips/a.mp3", "cv/clips/b.mp3", "cv/clips/c.mp3", "secret.mp3", "cv/secret.mp3"):
+        audio(tmp_path / name)
+    row, message = row.replace("{folder}", str(folder)), message.replace("{folder}", str(folder))
+    rows = ["client_id\tpath\tsentence", "s\ta.mp3\tfirst", row, "s\tc.mp3\tthird"]
+    (folder / "train.tsv").write_bytes("\r\n".join(rows).encode())
+    with pytest.raises(UserError) as caught:
+        read_corpus(folder)
+    assert str(caught.value).startswith(f"{folder / 'train.tsv'}: {message}") and "\n" not in str(caught.value)
+    corpus = read_corpus(folder, skip_bad=True)
+    assert [(u.id, u.text) for u in corpus.utterances] == [("a", "first"), ("c", "third")]
+    assert [(each.split, each.count) for each in corpus.left_out] == [("train", 1)]
+    assert corpus.problems == (str(caught.value),)
+
+
+def test_columns_of_common_voice_that_are_named_as_fields_are_left_out(tmp_path: Path) -> None:
+    audio(tmp_path / "clips" / "a.mp3", 1.0)
+    names = ["text", "duration", "offset", "id", "channel", "speaker", "audio_filepath", "audio", "speaker_id"]
+    names += ["split", "corpus", "stored_as", "stored_at", "stored_bytes"]
+    header = "\t".join(["client_id", "path", "sentence", *names, "age"])
+    text(tmp_path / "train.tsv", f"{header}\n" + "\t".join(["s", "a.mp3", "Yes.", *["7"] * len(names), "teens"]) + "\n")
+    for source, split in ((tmp_path, {"split": "train"}), (tmp_path / "train.tsv", {})):
+        corpus = read_corpus(source)
+        (utterance,) = corpus.utterances
+        assert (utterance.id, utterance.audio, utterance.text, utterance.speaker) == ("a", "clips/a.mp3", "Yes.", "s")
+        assert utterance.extra == {"age": "teens", **split} and len(corpus.load(utterance)) > 15_000
+        write_manifest(tmp_path / "m" / "again.jsonl", corpus)
+        assert read_corpus(tmp_path / "m").utterances[0].row() == {
+            **utterance.row(),
+            "audio_filepath": str(tmp_path / "clips" / "a.mp3"),
+        }
+
+
+@pytest.mark.parametrize("name", ["../../../../secret", "../secret", "{folder}/secret"])
+def test_librispeech_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    chapter = tmp_path / "corpus" / "dev-clean" / "84" / "121"
+    for file in (chapter / "84-121-0000.flac", tmp_path / "secret.flac", chapter.parent / "secret.flac"):
+        audio(file)
+    name = name.replace("{folder}", str(tmp_path))
+    listing = text(chapter / "84-121.trans.txt", f"{name} hello\n84-121-0000 GO\n")
+    with pytest.raises(UserError, match=rf"{listing}: row 1: id: got '.*', wanted a file below {chapter}"):
+        read_corpus(tmp_path / "corpus")
+    corpus = read_corpus(tmp_path / "corpus", skip_bad=True)
+    assert [u.text for u in corpus.utterances] == ["GO"]
+    assert [(each.split, each.reason) for each in corpus.left_out] == [("dev-clean", "outside the corpus")]
+
+
+def an4(folder: Path, suffix: str = ".sph") -> Path:
+    for name in ("an4_clstk/fash/an251-fash-b", "an4_clstk/fash/cen1-fash-b", "an4test_clstk/fcaw/an406-fcaw-b"):
+        audio(folder / "wav" / f"{name}{suffix}")
+    text(folder / "etc" / "an4_train.fileids", "an4_clstk/fash/an251-fash-b\nan4_clstk/fash/cen1-fash-b\n")
+    lines = "<s> YES </s> (an251-fash-b)\n<s> RUBOUT G M E F THREE NINE </s> (cen1-fash-b)\n"
+    text(folder / "etc" / "an4_train.transcription", lines)
+    text(folder / "etc" / "an4_test.fileids", "an4test_clstk/fcaw/an406-fcaw-b\n")
+    text(folder / "etc" / "an4_test.transcription", "GO (an406-fcaw-b)\n")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".sph", ".wav"])
+def test_an4_in_its_own_layout(tmp_path: Path, suffix: str) -> None:
+    corpus = read_corpus(an4(tmp_path, suffix))
+    assert [(u.id, u.text, u.duration, u.speaker, u.extra["split"]) for u in corpus.utterances] == [
+        ("an251-fash-b", "YES", 0.5, "fash", "train"),
+        ("cen1-fash-b", "RUBOUT G M E F THREE NINE", 0.5, "fash", "train"),
+        ("an406-fcaw-b", "GO", 0.5, "fcaw", "test"),
+    ]
+    assert corpus.utterances[0].audio == f"wav/an4_clstk/fash/an251-fash-b{suffix}"
+    assert len(corpus.load(corpus.utterances[2])) == 8000 and not corpus.counts
+
+
+def test_what_is_wrong_in_an4_is_named_and_counted(tmp_path: Path) -> None:
+    folder = an4(tmp_path)
+    files = ["an4_clstk/fash/an251-fash-b", "an4_clstk/fash/an9-fash-b", "../../secret", "an4_clstk/odd/two"]
+    text(folder / "etc" / "an4_train.fileids", "\n".join([*files, "an4_clstk/fash/cen1-fash-b"]) + "\n")
+    lines = ["YES (an251-fash-b)", "NO (an251-fash-b)", "NO ID", "GO (other)", "<s> TWO </s> (two)", "X (secret)"]
+    text(folder / "etc" / "an4_train.transcription", "\n".join([*lines, "<s>  </s> (cen1-fash-b)"]) + "\n")
+    audio(tmp_path.parent / "secret.sph")
+    corpus = read_corpus(folder, skip_bad=True)
+    assert [u.text for u in corpus.utterances] == ["YES", "GO"]
+    etc = folder / "etc"
+    for wanted in (
+        f"{etc}/an4_train.transcription: row 2: an251-fash-b stands there twice, first in row 1",
+        f"{etc}/an4_train.transcription: row 3: got 'NO ID', wanted words and (ID)",
+        f"{etc}/an4_train.fileids: row 2: an9-fash-b is not in {etc}/an4_train.transcription",
+        f"{etc}/an4_train.fileids: row 3: file: got '../../secret', wanted a file below {folder}/wav",
+        f"{etc}/an4_train.fileids: row 4: audio: {folder}/wav/an4_clstk/odd/two.sph is no file",
+        f"{etc}/an4_train.fileids: row 5: text: is empty",
+        f"{etc}/an4_train.transcription: row 4: other is not in {etc}/an4_train.fileids",
+    ):
+        assert any(problem.startswith(wanted) for problem in corpus.problems), wanted
+    assert sum(corpus.counts.values()) == 7 == sum(each.count for each in corpus.left_out if each.split == "train")
+    audio(folder / "wav" / "an4_clstk" / "odd" / "two.sph")
+    assert read_corpus(folder, skip_bad=True).utterances[1].speaker == "odd"
+
+
+def test_an4_without_a_header_or_a_list_is_refused(tmp_path: Path) -> None:
+    folder = an4(tmp_path)
+    (folder / "etc" / "an4_test.transcription").unlink()
+    with pytest.raises(UserError, match=r"an4_test\.transcription: does not exist; AN4 has it"):
+        read_corpus(folder)
+    for file in (folder / "wav").rglob("*.sph"):
+        file.rename(file.with_suffix(".raw"))
+    with pytest.raises(UserError, match=r"wav: holds \.raw files only, .* wanted AN4 as \.sph or \.wav"):
+        read_corpus(folder, skip_bad=True)
+    with pytest.raises(UserError, match=r"holds neither an4_train\.fileids nor"):
+        read_corpus(folder / "wav", format="an4")
+
+
 def kaldi(folder: Path, **files: str) -> Path:
     audio(folder / "r1.sph", 2.0)
     audio(folder / "r2.flac", 1.0)
@@ -279,11 +424,30 @@ def test_kaldi_commands_are_refused_and_never_run(tmp_path: Path) -> None:
         ({"segments": "u1 r1 2 1\n"}, r"segments: row 1: end: got -1\.0, wanted seconds above 0"),
         ({"segments": "u1 r7 0 1\n"}, r"segments: row 1: r7 is not in .*wav\.scp"),
         ({"text": "r1 a\nr1 b\n"}, r"text: row 2: r1 stands there twice, first in row 1"),
+        ({"utt2spk": "r1 s\nr1 t\n"}, r"utt2spk: row 2: r1 stands there twice, first in row 1"),
     ],
 )
 def test_kaldi_mistakes(tmp_path: Path, files: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_corpus(kaldi(tmp_path, **files))
+
+
+def test_bad_rows_of_kaldi_lists_are_counted(tmp_path: Path) -> None:
+    folder = kaldi(tmp_path)
+    audio(folder / "r3.wav")
+    text(folder / "wav.scp", "r1 r1.sph\nr2\tr2.flac\nr1 r3.wav\nr3 r3.wav\n")
+    (folder / "text").write_bytes(b"r1 one\ttwo\n\xff\xfe three\nr3\tfour five\nr2  six\n")
+    corpus = read_corpus(folder, skip_bad=True)
+    assert [(u.id, u.audio, u.text) for u in corpus.utterances] == [
+        ("r1", "r1.sph", "one\ttwo"),
+        ("r2", "r2.flac", "six"),
+        ("r3", "r3.wav", "four five"),
+    ]
+    assert corpus.counts == {"duplicate id": 1, "unreadable row": 1}
+    assert corpus.problems == (
+        f"{folder / 'wav.scp'}: row 3: r1 stands there twice, first in row 1",
+        f"{folder / 'text'}: row 2: is not UTF-8 text",
+    )
 
 
 def test_a_folder_of_audio_and_text(tmp_path: Path) -> None:
@@ -340,10 +504,13 @@ def test_held_out_speakers_are_apart_and_the_same_each_time(
 def test_speakers_that_cannot_be_held_out() -> None:
     corpus = made(("1", "a", 1.0, "x"), ("2", "b", 1.0, "y"), ("3", "b", 1.0, "z"))
     assert len({u.speaker for u in hold_out_speakers(corpus, share=0.34)[1].utterances}) == 1
-    with pytest.raises(UserError, match="has 3 speakers; 3 cannot be held out"):
-        hold_out_speakers(corpus, count=3)
-    with pytest.raises(UserError, match="utterance 1 names no speaker"):
-        hold_out_speakers(made(("1", "a", 1.0, "")), count=1)
+    for some, message in (
+        (corpus, "has 3 speakers; 3 cannot be held out: lower --data.valid_speakers or --data.test_speakers, or name"),
+        (made(("1", "a", 1.0, "x")), "has 1 speaker; 3 cannot be held out: name what validates and tests with --valid"),
+        (made(("1", "a", 1.0, "")), "utterance 1 names no speaker; speakers cannot be held out: name .* --valid and"),
+    ):
+        with pytest.raises(UserError, match=message):
+            hold_out_speakers(some, count=3)
     for options in ({}, {"count": 1, "share": 0.5}, {"share": 1.0}, {"count": 0}):
         with pytest.raises(ValueError, match="wanted"):
             hold_out_speakers(corpus, **options)  # type: ignore[arg-type]

@@ -234,10 +234,11 @@ def test_bad_utterances_are_named_or_counted(tmp_path: Path) -> None:
         *[("a.wav", wave()), ("a.txt", b"yes"), ("b.txt", b"no audio"), ("c.wav", b"noise"), ("d.wav", wave())],
         *[("d.json", b"{"), ("e.wav", wave()), ("e.json", b"[]"), ("f.wav", wave()), ("f.json", b'{"text": 3}')],
         *[("g.wav", wave()), ("g.txt", b" "), ("h.wav", wave()), ("readme", b"hello"), (".wav", wave())],
+        *[("i.wav", wave()), ("i.json", b'{"split": ["train"]}')],
     )
     stored = read([path], skip_bad=True)
     assert [(each.id, each.text) for each in stored.utterances] == [("a", "yes"), ("h", None)]
-    assert stored.counts == {"no audio": 1, "bad audio": 1, "unreadable row": 2, "bad field": 1, "empty text": 1}
+    assert stored.counts == {"no audio": 1, "bad audio": 1, "unreadable row": 2, "bad field": 2, "empty text": 1}
     with pytest.raises(UserError, match=r"x\.tar: member b: has no audio beside \.txt"):
         ids([path])
 

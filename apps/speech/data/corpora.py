@@ -14,10 +14,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
+from typing import Any
 
 from apps.speech.data.formats import pattern_files, read_corpus
-from apps.speech.data.utterance import Corpus, Utterance
+from apps.speech.data.utterance import STORED, Corpus, Utterance
 from kdcore.config import UserError, nearest
 from kdcore.run import read_json
 
@@ -50,6 +52,9 @@ class Selection:
             if value not in known:
                 raise UserError(f"{name}: no utterance has {self.field} {value!r}, {nearest(value, known[:50])}")
         kept = corpus.select(lambda each: (_value(each, self.field) in self.values) is not self.exclude)
+        if self.field == "split":
+            fits = (each.split is None or (each.split in self.values) is not self.exclude for each in corpus.left_out)
+            kept = replace(kept, left_out=tuple(compress(corpus.left_out, fits)))
         if not len(kept):
             raise UserError(f"{name}: {self.field} leaves no utterance of {len(corpus)}")
         return kept
@@ -205,8 +210,8 @@ def _named(corpus: Corpus, name: str) -> Corpus:
         speaker = f"{name}/{each.speaker}" if each.speaker else ""
         return replace(each, id=f"{name}/{each.id}", audio=audio, speaker=speaker, extra={**each.extra, "corpus": name})
 
-    counts = {f"{name}: {reason}": count for reason, count in corpus.counts.items()}
-    return replace(corpus, utterances=tuple(map(renamed, corpus.utterances)), counts=counts)
+    left_out = tuple(replace(each, reason=f"{name}: {each.reason}") for each in corpus.left_out)
+    return replace(corpus, utterances=tuple(map(renamed, corpus.utterances)), left_out=left_out)
 
 
 def join(corpora: Sequence[Corpus]) -> Corpus:
@@ -223,18 +228,36 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
         if each.id in seen:
             raise UserError(f"data: utterance {each.id} is selected twice")
         seen.add(each.id)
-    counts: dict[str, int] = {}
-    for corpus in corpora:
-        counts |= corpus.counts  # by corpus: one that is selected from twice counts once
     folder = Path(os.path.commonpath([os.path.abspath(corpus.folder) for corpus in corpora]))
-    problems = dict.fromkeys(problem for corpus in corpora for problem in corpus.problems)
-    return Corpus(utterances, folder, counts, tuple(problems))
+    # a corpus that is selected from twice counts once
+    left_out = dict.fromkeys(each for corpus in corpora for each in corpus.left_out)
+    return Corpus(utterances, folder, tuple(left_out))
 
 
 def refuse_shared(corpora: dict[str, Corpus], parts: Sequence[str]) -> None:
-    """Raise UserError if an utterance is in two of the parts."""
-    owner: dict[str, str] = {}
+    """Raise UserError if two of the parts hear the same: one file from the same second on, in the same channel.
+
+    Within one corpus that is so of all that have one id; across corpora an id says nothing: many number from 0.
+    """
+    owner: dict[tuple[Any, ...], tuple[str, str]] = {}
+    files: dict[Path, str] = {}
     for part in parts:
         for each in corpora[part].utterances if part in corpora else ():
-            if owner.setdefault(each.id, part) != part:
-                raise UserError(f"data: utterance {each.id} is in {owner[each.id]} and in {part}")
+            path = corpora[part].path(each)
+            if path not in files:
+                files[path] = os.path.realpath(path)
+            first, name = owner.setdefault(_heard(each, files[path]), (part, each.id))
+            if first != part:
+                other = f" (there {name})" if name != each.id else ""
+                raise UserError(
+                    f"data: utterance {each.id} is in {first}{other} and in {part}: both hear {path}; "
+                    "wanted parts that share no recording"
+                )
+
+
+def _heard(utterance: Utterance, file: str) -> tuple[Any, ...]:
+    """Return what is one for utterances that hear the same from the same second on."""
+    extra = utterance.extra
+    channel = extra.get("channel")
+    number = channel if isinstance(channel, int) and not isinstance(channel, bool) else None  # as Corpus.load
+    return file, extra.get("offset") or 0.0, number, str(extra.get(STORED[1]))

@@ -1,26 +1,32 @@
-"""Corpora as they come: JSON-lines manifests, LibriSpeech, Common Voice, Kaldi data folders, audio beside text.
+"""Corpora as they come: JSON-lines manifests, LibriSpeech, Common Voice, AN4, Kaldi data folders, audio beside text.
 
-AN4, FSDD and simulated corpora are folders of JSON-lines manifests. Where a source has splits (files or folders of
-their own), ``Utterance.extra["split"]`` holds the name. No torch.
+FSDD and simulated corpora are folders of JSON-lines manifests. Where a source has splits (files or folders of their
+own), ``Utterance.extra["split"]`` holds the name. The audio of LibriSpeech, Common Voice and AN4 is below the corpus;
+manifests and wav.scp may name files anywhere, as those who made NeMo and Kaldi do. No torch.
 """
 
 from __future__ import annotations
 
-import csv
 import os
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from apps.speech.data.manifest import Row, collect, manifest_rows, text_lines
-from apps.speech.data.utterance import BadRow, Corpus
+from apps.speech.data.manifest import Row, collect, inside, manifest_rows, text_lines
+from apps.speech.data.utterance import FIELDS, MEANT, BadRow, Corpus
 from kdcore.config import UserError, nearest
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".caf", ".w64")
 _MANIFESTS = (".jsonl", ".json", ".ndjson")
 # the splits of Common Voice that do not overlap
 _COMMON_VOICE = ("train.tsv", "dev.tsv", "test.tsv")
+# characters of a field of a table: more is a sign that ends of lines are missing
+_LONGEST_FIELD = 1 << 17
+_AN4 = ("train", "test")
+_AN4_TRANSCRIPT = re.compile(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\(([^()\s]+)\)")
 
 
 def read_corpus(path: str | os.PathLike[str], *, format: str | None = None, skip_bad: bool = False) -> Corpus:
@@ -30,8 +36,8 @@ def read_corpus(path: str | os.PathLike[str], *, format: str | None = None, skip
     (``Corpus.counts``) and the first of them named (``Corpus.problems``).
 
     Raises:
-        UserError: not there, no known format, or a bad utterance: unreadable row, missing file, empty text, an id that
-            stands there twice, an impossible number. The message names file, row and field.
+        UserError: not there, no known format, or a bad utterance: unreadable row, missing file, one outside the corpus,
+            empty text, an id that stands there twice, an impossible number. The message names file, row and field.
     """
     source = Path(path)
     if format is not None and format not in FORMATS:
@@ -70,6 +76,8 @@ def detect_format(source: Path) -> str:
         return "manifest"
     if any((source / name).is_file() for name in (*_COMMON_VOICE, "validated.tsv")):
         return "common_voice"
+    if any((source / "etc" / f"an4_{split}.fileids").is_file() for split in _AN4):
+        return "an4"
     if next(_walk(source, (".trans.txt",)), None):
         return "librispeech"
     if next(_walk(source, AUDIO_SUFFIXES), None):
@@ -78,7 +86,7 @@ def detect_format(source: Path) -> str:
         return "shards"
     raise UserError(
         f"{source}: holds no corpus: no *.jsonl, no wav.scp (Kaldi), no train.tsv (Common Voice), "
-        "no *.trans.txt (LibriSpeech), no audio files and no shards (*.tar)"
+        "no etc/an4_train.fileids (AN4), no *.trans.txt (LibriSpeech), no audio files and no shards (*.tar)"
     )
 
 
@@ -103,7 +111,24 @@ def _manifest(source: Path) -> Iterator[Row | BadRow]:
     if not files:
         raise UserError(f"{source}: holds no *.jsonl")
     for file in files:
-        yield from manifest_rows(file, file.stem if len(files) > 1 else None)
+        yield from _of_split(manifest_rows(file), file.stem if len(files) > 1 else None)
+
+
+def _of_split(rows: Iterator[Row | BadRow], split: str | None) -> Iterator[Row | BadRow]:
+    """Yield the rows of a file or folder that is a split; one that names its own keeps it."""
+    for row in rows:
+        if split is not None and isinstance(row, BadRow):
+            row.split = row.split or split
+        elif split is not None and isinstance(row, Row) and row.values.get("split") is None:
+            row = replace(row, values={**row.values, "split": split})
+        yield row
+
+
+def _refuse_outside(where: str, column: str, name: str, folder: Path) -> None:
+    """Raise BadRow if a file that a row names is not below the folder where such files are."""
+    if not inside(name):
+        problem = f"{where}: {column}: got {name[:60]!a}, wanted a file below {folder}"
+        raise BadRow("outside the corpus", problem)
 
 
 def _librispeech(source: Path) -> Iterator[Row | BadRow]:
@@ -112,20 +137,24 @@ def _librispeech(source: Path) -> Iterator[Row | BadRow]:
     for listing in _walk(source, (".trans.txt",)):
         below = listing.parent.relative_to(source)
         # split/speaker/chapter below the root of the corpus, speaker/chapter below a split
-        split = {"split": below.parts[0]} if len(below.parts) > 2 else {}
-        for number, line in text_lines(listing):
-            if isinstance(line, BadRow):
-                yield line
-            elif line.strip():
-                name, _, text = line.strip().partition(" ")
-                audio = _beside(listing.parent, name)
-                values = {
-                    "id": name,
-                    "audio": (below / (audio or f"{name}.flac")).as_posix(),
-                    "text": text,
-                    "speaker": name.split("-")[0],
-                }
-                yield Row(f"{listing}: row {number}", values, split)
+        split = below.parts[0] if len(below.parts) > 2 else None
+        yield from _of_split(_chapter(listing, below), split)
+
+
+def _chapter(listing: Path, below: Path) -> Iterator[Row | BadRow]:
+    for number, line in text_lines(listing):
+        if isinstance(line, BadRow):
+            yield line
+        elif line.strip():
+            name, _, text = line.strip().partition(" ")
+            where = f"{listing}: row {number}"
+            try:
+                _refuse_outside(where, "id", name, listing.parent)
+            except BadRow as error:
+                yield error
+                continue
+            audio = below / (_beside(listing.parent, name) or f"{name}.flac")
+            yield Row(where, {"id": name, "audio": audio.as_posix(), "text": text, "speaker": name.split("-")[0]})
 
 
 def _beside(folder: Path, name: str) -> str | None:
@@ -136,53 +165,157 @@ def _beside(folder: Path, name: str) -> str | None:
 def _common_voice(source: Path) -> Iterator[Row | BadRow]:
     """Yield the rows of a table, or of train, dev and test in a folder; without these those of validated."""
     if source.is_file():
-        yield from _table(source, "clips", None)
+        yield from _table(source)
         return
     files = [source / name for name in _COMMON_VOICE if (source / name).is_file()]
     if not files and not (source / "validated.tsv").is_file():
         raise UserError(f"{source}: holds none of {', '.join(_COMMON_VOICE)}, validated.tsv")
     for file in files:
-        yield from _table(file, "clips", file.stem)
+        yield from _of_split(_table(file), file.stem)
     if not files:
-        yield from _table(source / "validated.tsv", "clips", None)
+        yield from _table(source / "validated.tsv")
 
 
-def _table(path: Path, clips: str, split: str | None) -> Iterator[Row | BadRow]:
-    columns = {"audio": "path", "text": "sentence", "speaker": "client_id", "id": "path"}
+def _table(path: Path) -> Iterator[Row | BadRow]:
+    """Yield the rows of a table; nothing is quoted in it, and a tab parts fields wherever it stands.
+
+    Columns whose names mean something here (``FIELDS``, ``MEANT``) are not taken.
+    """
     header: list[str] | None = None
     for number, line in text_lines(path):
+        where = f"{path}: row {number}"
+        if header is None:
+            if isinstance(line, BadRow):
+                raise line
+            header = line.split("\t")
+            missing = [name for name in ("path", "sentence") if name not in header]
+            if missing:
+                named = ", ".join(map(_shown, header[:20]))
+                raise UserError(f"{where}: has no column {' and '.join(missing)}; got {named}")
+        elif isinstance(line, BadRow):
+            yield line
+        elif line:
+            try:
+                yield _table_row(path, where, header, line)
+            except BadRow as error:
+                yield error
+
+
+def _table_row(path: Path, where: str, header: list[str], line: str) -> Row:
+    columns = {"audio": "path", "text": "sentence", "speaker": "client_id", "id": "path"}
+    fields = line.split("\t")
+    if len(fields) != len(header):
+        raise BadRow("unreadable row", f"{where}: has {len(fields)} fields, wanted {len(header)}")
+    for column, value in zip(header, fields, strict=True):
+        if "\r" in value:
+            raise BadRow("unreadable row", f"{where}: {_shown(column)}: holds a carriage return, wanted one line")
+        if len(value) > _LONGEST_FIELD:
+            problem = f"has {len(value)} characters, wanted at most {_LONGEST_FIELD}"
+            raise BadRow("unreadable row", f"{where}: {_shown(column)}: {problem}")
+    named = dict(zip(header, fields, strict=True))
+    if named["path"]:
+        _refuse_outside(where, "path", named["path"], path.parent / "clips")
+    own = (*columns.values(), *FIELDS, *MEANT)
+    values = {
+        "id": os.path.splitext(named["path"])[0],
+        "audio": f"clips/{named['path']}" if named["path"] else None,
+        "text": named["sentence"],
+        "speaker": named.get("client_id", ""),
+    }
+    return Row(where, values, {key: each for key, each in named.items() if key not in own and each}, columns)
+
+
+def _shown(column: str) -> str:
+    return column if column.isprintable() and len(column) <= 60 else ascii(column[:60])
+
+
+def _an4(source: Path) -> Iterator[Row | BadRow]:
+    """Yield the utterances of AN4 as CMU ships it, as NIST SPHERE or in another format with a header.
+
+    ``etc/an4_train.fileids`` names the files, as ``an4_clstk/fash/an251-fash-b`` below ``wav``, and
+    ``etc/an4_train.transcription`` says what is said in them; the same with ``test``.
+    """
+    _wanted_folder(source, "an4")
+    splits = [split for split in _AN4 if (source / "etc" / f"an4_{split}.fileids").is_file()]
+    if not splits:
+        raise UserError(f"{source / 'etc'}: holds neither an4_train.fileids nor an4_test.fileids")
+    wav = source / "wav"
+    if not next(_walk(wav, AUDIO_SUFFIXES), None) and next(_walk(wav, (".raw",)), None):
+        raise UserError(f"{wav}: holds .raw files only, which say nothing of their format; wanted AN4 as .sph or .wav")
+    for split in splits:
+        yield from _of_split(_an4_part(source, split), split)
+
+
+def _an4_part(source: Path, split: str) -> Iterator[Row | BadRow]:
+    listing, transcription = (source / "etc" / f"an4_{split}.{suffix}" for suffix in ("fileids", "transcription"))
+    bad: list[BadRow] = []
+    texts = _an4_texts(transcription, bad)
+    yield from bad
+    named = set()
+    for number, line in text_lines(listing):
         if isinstance(line, BadRow):
             yield line
             continue
-        fields = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE), [])
-        if header is None:
-            header = fields
-            missing = [name for name in ("path", "sentence") if name not in header]
-            if missing:
-                raise UserError(f"{path}: row 1: has no column {' and '.join(missing)}; got {', '.join(header[:20])}")
-        elif fields and len(fields) != len(header):
-            problem = f"has {len(fields)} fields, wanted {len(header)}"
-            yield BadRow("unreadable row", f"{path}: row {number}: {problem}")
-        elif fields:
-            named = dict(zip(header, fields, strict=True))
-            extra: dict[str, Any] = {key: each for key, each in named.items() if key not in columns.values() and each}
-            if split is not None:
-                extra["split"] = split
-            values = {
-                "id": os.path.splitext(named["path"])[0],
-                "audio": f"{clips}/{named['path']}" if named["path"] else None,
-                "text": named["sentence"],
-                "speaker": named.get("client_id", ""),
-            }
-            yield Row(f"{path}: row {number}", values, extra, columns)
+        if not (name := line.strip()):
+            continue
+        where = f"{listing}: row {number}"
+        parent, _, last = name.rpartition("/")
+        named.add(last)
+        try:
+            _refuse_outside(where, "file", name, source / "wav")
+            if last not in texts:
+                raise BadRow("no transcript", f"{where}: {_shown(last)} is not in {transcription}")
+        except BadRow as error:
+            yield error
+            continue
+        parts = last.split("-")
+        values = {
+            "id": last,
+            "audio": f"wav/{_beside(source / 'wav', name) or name + '.sph'}",
+            "text": texts[last][1],
+            "speaker": parts[1] if len(parts) == 3 else parent.rpartition("/")[2],
+        }
+        yield Row(where, values)
+    for name, (number, _) in texts.items():
+        if name not in named:
+            yield BadRow("no audio", f"{transcription}: row {number}: {_shown(name)} is not in {listing}")
+
+
+def _an4_texts(path: Path, bad: list[BadRow]) -> dict[str, tuple[int, str]]:
+    """Return row and text by id, as ``<s> YES </s> (an251-fash-b)`` or without the marks; others are put in ``bad``."""
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; AN4 has it")
+    found: dict[str, tuple[int, str]] = {}
+    for number, line in text_lines(path):
+        where = f"{path}: row {number}"
+        if isinstance(line, BadRow):
+            bad.append(line)
+        elif line.strip():
+            match = _AN4_TRANSCRIPT.fullmatch(line.strip())
+            if match is None:
+                bad.append(BadRow("unreadable row", f"{where}: got {line[:60]!a}, wanted words and (ID)"))
+            elif match[2] in found:
+                bad.append(_twice(where, match[2], found[match[2]][0]))
+            else:
+                found[match[2]] = number, match[1]
+    return found
+
+
+def _twice(where: str, name: str, first: int) -> BadRow:
+    return BadRow("duplicate id", f"{where}: {_shown(name)} stands there twice, first in row {first}")
 
 
 def _kaldi(source: Path) -> Iterator[Row | BadRow]:
-    """Yield the utterances of a Kaldi data folder: wav.scp and, if there, text, utt2spk, segments, utt2dur."""
+    """Yield the utterances of a Kaldi data folder: wav.scp and, if there, text, utt2spk, segments, utt2dur.
+
+    ``wav.scp`` may name files anywhere, as it does in Kaldi; a relative path starts from the folder.
+    """
     _wanted_folder(source, "kaldi")
-    recordings = _mapping(source / "wav.scp", required=True)
-    texts, speakers, durations = (_mapping(source / name) for name in ("text", "utt2spk", "utt2dur"))
-    segments = _mapping(source / "segments")
+    bad: list[BadRow] = []
+    recordings = _mapping(source / "wav.scp", bad, required=True)
+    texts, speakers, durations = (_mapping(source / name, bad) for name in ("text", "utt2spk", "utt2dur"))
+    segments = _mapping(source / "segments", bad)
+    yield from bad
     utterances = recordings if segments is None else segments
     for name, (number, value) in (utterances or {}).items():
         file = source / ("wav.scp" if segments is None else "segments")
@@ -205,8 +338,11 @@ def _kaldi(source: Path) -> Iterator[Row | BadRow]:
             yield BadRow("no audio", f"{source / 'text'}: row {number}: {name} has no audio")
 
 
-def _mapping(path: Path, required: bool = False) -> dict[str, tuple[int, str]] | None:
-    """Return row and value by the first word of each line; None if the file is not there."""
+def _mapping(path: Path, bad: list[BadRow], required: bool = False) -> dict[str, tuple[int, str]] | None:
+    """Return row and value by the first word of each line; None if the file is not there.
+
+    Rows that cannot be read or whose first word was there before are put in ``bad``.
+    """
     if not path.is_file():
         if required:
             raise UserError(f"{path}: does not exist; a Kaldi data folder has it")
@@ -214,13 +350,12 @@ def _mapping(path: Path, required: bool = False) -> dict[str, tuple[int, str]] |
     found: dict[str, tuple[int, str]] = {}
     for number, line in text_lines(path):
         if isinstance(line, BadRow):
-            raise line
-        if not line.strip():
-            continue
-        name, _, value = line.strip().partition(" ") if "\t" not in line else line.strip().partition("\t")
-        if name in found:
-            raise UserError(f"{path}: row {number}: {name} stands there twice, first in row {found[name][0]}")
-        found[name] = number, value.strip()
+            bad.append(line)
+        elif words := line.split(maxsplit=1):
+            if words[0] in found:
+                bad.append(_twice(f"{path}: row {number}", words[0], found[words[0]][0]))
+            else:
+                found[words[0]] = number, words[1].strip() if len(words) > 1 else ""
     return found
 
 
@@ -287,6 +422,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     "manifest": _manifest,
     "librispeech": _librispeech,
     "common_voice": _common_voice,
+    "an4": _an4,
     "kaldi": _kaldi,
     "folder": _folder,
     "shards": _shards,

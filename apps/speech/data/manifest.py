@@ -1,8 +1,9 @@
 """Rows of any source made into a corpus, and the JSON-lines manifest. No torch.
 
 A manifest has an object a line: ``audio_filepath`` (or ``path``, ``audio``), ``text`` (or null, where nobody wrote it
-down), ``duration`` and ``offset`` in seconds, ``speaker``, ``id``; other keys are kept in ``Utterance.extra``. Without
-``duration`` it is read from the audio's header; with ``offset`` the utterance is a part of its file.
+down), ``duration`` and ``offset`` in seconds, ``speaker``, ``id``, ``split``; other keys are kept in
+``Utterance.extra``. Without ``duration`` it is read from the audio's header; with ``offset`` the utterance is a part of
+its file. Audio may be anywhere, as NeMo has it: a relative path starts from the manifest's folder and may leave it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from apps.speech.audio import audio_info
-from apps.speech.data.utterance import BadRow, Corpus, Tally, Utterance
+from apps.speech.data.utterance import FIELDS, BadRow, Corpus, Tally, Utterance
 from kdcore.config import UserError
 from kdcore.run import atomic_path
 
@@ -27,7 +28,7 @@ _SPEAKER_KEYS = ("speaker", "speaker_id")
 
 @dataclass(frozen=True)
 class Row:
-    """One utterance as its source gives it, unchecked: the fields are those of ``Utterance`` and ``offset``.
+    """One utterance as its source gives it, unchecked: the fields are those of ``Utterance``, ``offset`` and ``split``.
 
     ``where`` leads an error message (file and row), ``columns`` says what the source calls a field.
     """
@@ -39,7 +40,9 @@ class Row:
 
     def bad(self, reason: str, column: str, problem: str) -> BadRow:
         """Return the error that says where: file, row, column."""
-        return BadRow(reason, f"{self.where}: {self.columns.get(column, column)}: {problem}")
+        split = self.values.get("split")
+        known = split if isinstance(split, str) else None
+        return BadRow(reason, f"{self.where}: {self.columns.get(column, column)}: {problem}", known)
 
 
 def collect(rows: Iterator[Row | BadRow], folder: Path, source: Path, skip_bad: bool) -> Corpus:
@@ -65,7 +68,7 @@ def collect(rows: Iterator[Row | BadRow], folder: Path, source: Path, skip_bad: 
     if not utterances:
         why = ", ".join(f"{count} {reason}" for reason, count in tally.counts.items())
         raise UserError(f"{source}: holds no utterance" + (f" that can be used ({why})" if why else ""))
-    return Corpus(tuple(utterances), folder, dict(tally.counts), tuple(tally.problems))
+    return Corpus(tuple(utterances), folder, tally.left_out)
 
 
 class _Headers:
@@ -105,7 +108,11 @@ def _checked(row: Row, headers: _Headers) -> Utterance:
             )
             raise row.bad("bad audio", "offset" if offset else "audio", whole)
     name = _text(row, "id") or _made_id(audio, offset)
-    extra = dict(row.extra) if offset is None else {**row.extra, "offset": offset}
+    extra = {key: value for key, value in row.extra.items() if key not in FIELDS}
+    if split := _text(row, "split"):
+        extra["split"] = split
+    if offset is not None:
+        extra["offset"] = offset
     return Utterance(name, audio, text, duration, _text(row, "speaker") or "", extra)
 
 
@@ -157,7 +164,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def manifest_rows(path: Path, split: str | None = None) -> Iterator[Row | BadRow]:
+def manifest_rows(path: Path) -> Iterator[Row | BadRow]:
     """Yield the rows of a JSON-lines manifest; blank lines are none."""
     for number, line in text_lines(path):
         where = f"{path}: row {number}"
@@ -177,18 +184,22 @@ def manifest_rows(path: Path, split: str | None = None) -> Iterator[Row | BadRow
                 "unreadable row", f"{where}: wanted an object with audio_filepath and text, got {_shown(value)}"
             )
             continue
-        yield _manifest_row(where, value, split)
+        yield _manifest_row(where, value)
 
 
-def _manifest_row(where: str, value: dict[str, Any], split: str | None) -> Row:
+def _manifest_row(where: str, value: dict[str, Any]) -> Row:
     audio = next((key for key in _AUDIO_KEYS if key in value), _AUDIO_KEYS[0])
     speaker = next((key for key in _SPEAKER_KEYS if key in value), _SPEAKER_KEYS[0])
     columns = {"audio": audio, "speaker": speaker}
-    known = {"id": "id", "text": "text", "duration": "duration", "offset": "offset", **columns}
+    known = {**{name: name for name in ("id", "text", "duration", "offset", "split")}, **columns}
     extra = {key: each for key, each in value.items() if key not in known.values()}
-    if split is not None:
-        extra.setdefault("split", split)
     return Row(where, {key: value.get(column) for key, column in known.items()}, extra, columns)
+
+
+def inside(name: str) -> bool:
+    """Return whether a name stays in its folder or archive, on any system."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return bool(parts) and not name.startswith(("/", "\\")) and ".." not in parts and ":" not in parts[0]
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:

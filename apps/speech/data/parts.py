@@ -12,8 +12,10 @@ from apps.speech.data.corpora import PARTS, Source, Sources, refuse_shared
 from apps.speech.data.utterance import (
     BadRow,
     Corpus,
+    LeftOut,
     Tally,
     Utterance,
+    by_reason,
     hold_out_speakers,
     impossible,
     loaded,
@@ -26,6 +28,8 @@ from kdcore.config import UserError
 
 # utterances of a kind that is merely bad which are named; the others are counted
 _NAMED = 5
+# stands for a part where rows that were left out could be of several
+UNPLACED = "part unknown"
 Announce = Callable[[str], None]
 
 
@@ -36,8 +40,10 @@ class Parts:
     corpora: dict[str, Corpus]
     # what they were read from
     sources: tuple[Source, ...] = ()
-    # part -> what is wrong with audio that can be read (``apps.speech.audio.examine``) -> the utterances
+    # part -> what is wrong with utterances that are kept (``audio.examine``, ``unwritable``) -> their ids
     notes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    # rows left out of the corpora that could be of several parts
+    unplaced: tuple[LeftOut, ...] = ()
 
     def __getitem__(self, name: str) -> Corpus:
         return self.corpora[name]
@@ -49,17 +55,22 @@ class Parts:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many utterances were left out, by part and reason."""
-        return {
-            f"{part}: {reason}": count
-            for part, corpus in self.corpora.items()
-            for reason, count in corpus.counts.items()
-            if count
-        }
+        """How many utterances were left out, by part (or ``UNPLACED``) and reason; each is counted once."""
+        counts = {part: corpus.counts for part, corpus in self.corpora.items()} | {UNPLACED: by_reason(self.unplaced)}
+        return {f"{part}: {reason}": count for part, found in counts.items() for reason, count in found.items()}
 
     @property
-    def audio(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """How many utterances have audio that is clipped, silent or offset, by part and kind, and the first of them."""
+    def problems(self) -> list[str]:
+        """What is wrong with the first utterances that were left out, by part and reason."""
+        placed = [problem for corpus in self.corpora.values() for problem in corpus.problems]
+        return placed + [problem for each in self.unplaced for problem in each.problems]
+
+    @property
+    def remarks(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """How many utterances are kept though something is wrong with them, by part and kind, and the first of them.
+
+        Audio may be clipped, silent or offset; a text to test with may hold what no model can write.
+        """
         return {
             part: {kind: {"count": len(names), "first": names[:_NAMED]} for kind, names in notes.items()}
             for part, notes in self.notes.items()
@@ -70,7 +81,7 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
     """Return the parts of a configuration; every audio file of them was read once.
 
     Raises:
-        UserError: a part is missing or empty, one utterance is in two of several corpora's parts, or anything in one is
+        UserError: a part is missing or empty, one recording is in two of train, valid and test, or anything in one is
             bad and ``skip_bad`` is off.
     """
     several = any(isinstance(given, list) and len(given) > 1 for given in config.corpora)
@@ -85,14 +96,30 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
     for part, count in (("test", config.test_speakers), ("valid", config.valid_speakers)):
         if part not in found:
             found["train"], found[part] = hold_out_speakers(found["train"], count=count, seed=config.split_seed)
-    if several:
-        refuse_shared(found, list(PARTS))
+    refuse_shared(found, list(PARTS))
     if config.unlabelled is not None:
         corpus = sources.whole(config.unlabelled)
         found["unlabelled"] = replace(corpus, utterances=tuple(replace(u, text=None) for u in corpus.utterances))
+    found, unplaced = _placed(found)
     notes: dict[str, dict[str, list[str]]] = {}
     read = {part: _readable(part, corpus, config, announce, notes) for part, corpus in found.items()}
-    return Parts(read, tuple(sources.sources.values()), notes)
+    return Parts(read, tuple(sources.sources.values()), notes, unplaced)
+
+
+def _placed(corpora: dict[str, Corpus]) -> tuple[dict[str, Corpus], tuple[LeftOut, ...]]:
+    """Return the parts, each with what was left out of it alone, and what may be of several of them."""
+    holders: dict[LeftOut, list[str]] = {}
+    for part, corpus in corpora.items():
+        for each in corpus.left_out:
+            holders.setdefault(each, []).append(part)
+    for each, parts in holders.items():
+        # a part that was held out of another has no split of its own: the row stays with its split's
+        holders[each] = [part for part in parts if each.split in PARTS.get(part, ())] or parts
+    placed = {
+        part: replace(corpus, left_out=tuple(each for each in corpus.left_out if holders[each] == [part]))
+        for part, corpus in corpora.items()
+    }
+    return placed, tuple(each for each, parts in holders.items() if len(parts) > 1)
 
 
 def _readable(
@@ -124,13 +151,11 @@ def _readable(
         silent = [utterance for utterance in kept if utterance.text is None]
         if silent and part != "train":
             kept = [utterance for utterance in kept if utterance.text is not None]
-            tally.counts.update(of_corpus(utterance, "no text") for utterance in silent)
+            for utterance in silent:
+                tally.count(of_corpus(utterance, "no text"))
     if not kept:
         raise UserError(f"{part}: no utterance is left of {len(corpus)} in {corpus.folder}")
-    counts = {
-        reason: corpus.counts.get(reason, 0) + tally.counts[reason] for reason in {**corpus.counts, **tally.counts}
-    }
-    return replace(corpus, utterances=tuple(kept), counts=counts, problems=(*corpus.problems, *tally.problems))
+    return replace(corpus, utterances=tuple(kept), left_out=(*corpus.left_out, *tally.left_out))
 
 
 def spellable(corpus: Corpus, units: Units, rules: TextRules, *, skip_bad: bool) -> tuple[Corpus, list[str]]:
@@ -146,8 +171,38 @@ def spellable(corpus: Corpus, units: Units, rules: TextRules, *, skip_bad: bool)
     known = corpus.select(lambda each: each.id not in outside)
     short = impossible(known, units, rules)
     names = {each.utterance.id for each in short}
-    counts = {**known.counts}
-    for reason, count in (("outside the units", len(outside)), ("longer text than frames", len(short))):
-        if count:
-            counts[reason] = counts.get(reason, 0) + count
-    return replace(known.select(lambda each: each.id not in names), counts=counts), [str(each) for each in short]
+    counts = (("outside the units", len(outside)), ("longer text than frames", len(short)))
+    left_out = (*corpus.left_out, *(LeftOut(reason, None, count) for reason, count in counts if count))
+    kept = known.select(lambda each: each.id not in names)
+    return replace(kept, left_out=left_out), [str(each) for each in short]
+
+
+def unwritable(corpus: Corpus, units: Units, rules: TextRules) -> dict[str, list[str]]:
+    """Return by kind the utterances whose text no model can write: with symbols outside the units, or too long."""
+    outside = outside_units(corpus.utterances, units, rules)
+    short = impossible(corpus.select(lambda each: each.id not in outside), units, rules)
+    found = {"text outside the units": list(outside), "longer text than frames": [each.utterance.id for each in short]}
+    return {kind: names for kind, names in found.items() if names}
+
+
+def no_longer(part: str, corpus: Corpus, seconds: float, *, skip_bad: bool) -> Corpus:
+    """Return the utterances of at most so many seconds, which a pretrained teacher hears at once.
+
+    Raises:
+        UserError: one is longer and ``skip_bad`` is off, or none is left.
+    """
+    tally, kept = Tally(skip_bad), []
+    for each in corpus.utterances:
+        if each.duration <= seconds:
+            kept.append(each)
+            continue
+        problem = f"{each.duration:g} s, wanted at most {seconds:g} s, which a pretrained teacher hears at once"
+        tally.add(
+            BadRow(
+                of_corpus(each, "too long for the teacher"),
+                f"{part}: utterance {each.id} ({corpus.path(each)}): got {problem}",
+            )
+        )
+    if not kept:
+        raise UserError(f"{part}: no utterance of {len(corpus)} in {corpus.folder} is of at most {seconds:g} s")
+    return replace(corpus, utterances=tuple(kept), left_out=(*corpus.left_out, *tally.left_out))

@@ -15,14 +15,14 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from apps.speech.audio import decode_audio
 from apps.speech.data.formats import AUDIO_SUFFIXES, pattern_files
-from apps.speech.data.manifest import Row
+from apps.speech.data.manifest import Row, inside
 from apps.speech.data.utterance import LARGEST_STORED, STORED, BadRow, Corpus, Tally, Utterance, loaded
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
@@ -111,7 +111,7 @@ def shard_paths(source: str | os.PathLike[str]) -> list[Path]:
             names = json.loads(index.read_text(encoding="utf-8"))["shards"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{index}: is no list of shards") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) and _inside(name) for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) and inside(name) for name in names):
             raise UserError(f"{index}: shards: wanted names of files below {root}")
         paths = [root / name for name in names]
     else:
@@ -190,8 +190,9 @@ def _row(path: Path, key: str, where: str, members: dict[str, _Member]) -> Row:
         except UserError as error:
             raise BadRow("bad audio", str(error)) from None
     values = {"id": row.get("id") or key, "audio": path.name, "duration": duration, "speaker": row.get("speaker")}
+    values["split"] = row.get("split")
     # the part and the channel were cut out when the audio was stored
-    taken = (*values, "audio_filepath", "text", "offset", "channel")
+    taken = (*values, "offset", "channel")
     extra = {name: value for name, value in row.items() if name not in taken}
     stored = dict(zip(STORED, (f"{key}.{suffix}", audio.offset, len(audio.data)), strict=True))
     return Row(where, {**values, "text": row.get("text", text)}, {**extra, **stored})
@@ -265,15 +266,9 @@ def _members(path: Path) -> Iterator[tuple[str, _Reader]]:
             raise UserError(f"{path}: is damaged at byte {archive.offset}: there is no header of a member")
 
 
-def _inside(name: str) -> bool:
-    """Return whether a name stays in its folder or archive, on any system."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    return bool(parts) and not name.startswith(("/", "\\")) and ".." not in parts and ":" not in parts[0]
-
-
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
     where = f"{path}: member {member.name!a}"
-    if not _inside(member.name):
+    if not inside(member.name):
         raise UserError(f"{where}: leaves the archive")
     if not member.isreg() or member.issparse():
         kind = "link" if member.islnk() or member.issym() else "device, pipe or sparse file"

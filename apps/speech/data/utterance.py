@@ -23,6 +23,10 @@ SUBSAMPLING = 4  # feature frames to a frame of the acoustic models
 # where in a file, a tar shard, an utterance's audio is stored: its name there, its first byte and its length
 STORED = ("stored_as", "stored_at", "stored_bytes")
 LARGEST_STORED = 1 << 28
+# what sources call the fields of an utterance: never a name in ``extra``
+FIELDS = ("id", "audio_filepath", "path", "audio", "text", "duration", "speaker", "speaker_id")
+# names in ``extra`` that mean something here
+MEANT = ("offset", "channel", "split", "corpus", *STORED)
 NAMED = 20  # problems kept by their message; the others are counted
 
 
@@ -45,24 +49,46 @@ class Utterance:
     def row(self) -> dict[str, Any]:
         """Return the utterance as a row of a JSON-lines manifest."""
         row = {"id": self.id, "audio_filepath": self.audio, "text": self.text, "duration": self.duration}
-        return row | ({"speaker": self.speaker} if self.speaker else {}) | self.extra
+        row |= {"speaker": self.speaker} if self.speaker else {}
+        return row | {name: value for name, value in self.extra.items() if name not in FIELDS}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of a source that were left out for one reason: how many, and the first of them.
+
+    ``split`` is what they say they belong to, None where they say nothing.
+    """
+
+    reason: str
+    split: str | None
+    count: int
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Utterances in the order of their source.
 
-    ``folder`` is what relative audio paths start from; ``counts`` says how many rows were left out, by reason, and
-    ``problems`` names the first of them.
+    ``folder`` is what relative audio paths start from; ``left_out`` are the rows of the source that are no utterances.
     """
 
     utterances: tuple[Utterance, ...]
     folder: Path
-    counts: dict[str, int] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.utterances)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows were left out, by reason."""
+        return by_reason(self.left_out)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with the first rows that were left out for each reason."""
+        return tuple(problem for each in self.left_out for problem in each.problems)
 
     @property
     def seconds(self) -> float:
@@ -75,17 +101,21 @@ class Corpus:
         return tuple(dict.fromkeys(each.extra["split"] for each in self.utterances if "split" in each.extra))
 
     def split(self, name: str) -> Corpus:
-        """Return the utterances of one split.
+        """Return the utterances of one split; what was left out of other splits is not of it.
 
         Raises:
             UserError: there is no such split; it names those that are there.
         """
         if name not in self.splits:
             raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(self.splits) or 'none'}")
-        return self.select(lambda each: each.extra.get("split") == name)
+        left_out = tuple(each for each in self.left_out if each.split in (name, None))
+        return replace(self.select(lambda each: each.extra.get("split") == name), left_out=left_out)
 
     def select(self, wanted: Callable[[Utterance], bool]) -> Corpus:
-        """Return the utterances for which ``wanted`` is true, in their order."""
+        """Return the utterances for which ``wanted`` is true, in their order.
+
+        ``left_out`` stays whole: nobody knows which of its rows would have been wanted.
+        """
         return replace(self, utterances=tuple(each for each in self.utterances if wanted(each)))
 
     @cached_property
@@ -135,11 +165,16 @@ def _size(path: Path) -> int:
 
 
 class BadRow(UserError):
-    """What is wrong with one utterance of a corpus, and in a few words the kind of it, by which it is counted."""
+    """What is wrong with one utterance of a corpus.
 
-    def __init__(self, reason: str, message: str) -> None:
+    ``reason`` is the kind of it in a few words, by which it is counted, ``split`` what the utterance says that it
+    belongs to, if that can be read.
+    """
+
+    def __init__(self, reason: str, message: str, split: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.split = split
 
 
 class Tally:
@@ -147,8 +182,22 @@ class Tally:
 
     def __init__(self, skip_bad: bool) -> None:
         self.skip_bad = skip_bad
-        self.counts: Counter[str] = Counter()
-        self.problems: list[str] = []
+        self._counts: Counter[tuple[str, str | None]] = Counter()
+        self._problems: dict[tuple[str, str | None], list[str]] = {}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there were, by reason."""
+        return by_reason(self.left_out)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """All of them, by reason and split."""
+        return tuple(LeftOut(*key, n, tuple(self._problems.get(key, ()))) for key, n in self._counts.items())
+
+    def count(self, reason: str) -> None:
+        """Count an utterance that is left out though nothing is wrong with it."""
+        self._counts[reason, None] += 1
 
     def add(self, error: BadRow) -> None:
         """Count a bad row.
@@ -158,9 +207,19 @@ class Tally:
         """
         if not self.skip_bad:
             raise error
-        self.counts[error.reason] += 1
-        if len(self.problems) < NAMED:
-            self.problems.append(str(error))
+        key = error.reason, error.split
+        self._counts[key] += 1
+        problems = self._problems.setdefault(key, [])
+        if len(problems) < NAMED:
+            problems.append(str(error))
+
+
+def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
+    """Return how many rows were left out, by reason."""
+    counts: Counter[str] = Counter()
+    for each in left_out:
+        counts[each.reason] += each.count
+    return dict(counts)
 
 
 def of_corpus(utterance: Utterance, reason: str) -> str:
@@ -180,6 +239,9 @@ def loaded(corpus: Corpus, tally: Tally) -> Iterator[tuple[Utterance, np.ndarray
         yield utterance, samples
 
 
+_NAME_PARTS = "name what validates and tests with --valid and --test (data.valid, data.test)"
+
+
 def hold_out_speakers(
     corpus: Corpus, *, count: int | None = None, share: float | None = None, seed: int = 0
 ) -> tuple[Corpus, Corpus]:
@@ -189,7 +251,8 @@ def hold_out_speakers(
     speakers and the seed, not on the order of the utterances.
 
     Raises:
-        UserError: an utterance without a speaker, or not more speakers than are to be held out.
+        UserError: an utterance without a speaker, or not more speakers than are to be held out; the message names the
+            settings that help.
         ValueError: not exactly one of ``count`` and ``share``, or one out of range.
     """
     if (count is None) == (share is None):
@@ -197,14 +260,18 @@ def hold_out_speakers(
     speakers = sorted({each.speaker for each in corpus.utterances})
     if "" in speakers:
         unnamed = next(each.id for each in corpus.utterances if not each.speaker)
-        raise UserError(f"{corpus.folder}: utterance {unnamed} names no speaker; speakers cannot be held out")
+        raise UserError(
+            f"{corpus.folder}: utterance {unnamed} names no speaker; speakers cannot be held out: {_NAME_PARTS}"
+        )
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share: got {share}, wanted between 0 and 1")
     wanted = count if count is not None else max(1, round((share or 0.0) * len(speakers)))
     if wanted < 1:
         raise ValueError(f"count: got {wanted}, wanted at least 1")
     if wanted >= len(speakers):
-        raise UserError(f"{corpus.folder}: has {len(speakers)} speakers; {wanted} cannot be held out")
+        has = f"{len(speakers)} speaker" + ("s" if len(speakers) != 1 else "")
+        fewer = "lower --data.valid_speakers or --data.test_speakers, or " if len(speakers) > 1 else ""
+        raise UserError(f"{corpus.folder}: has {has}; {wanted} cannot be held out: {fewer}{_NAME_PARTS}")
     order = np.random.default_rng(seed).permutation(len(speakers))
     held = {speakers[at] for at in order[:wanted]}
     return corpus.select(lambda each: each.speaker not in held), corpus.select(lambda each: each.speaker in held)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from apps.speech.config import DataConfig
 from apps.speech.data.corpora import Selection, absolute_name, find_data, parse_corpus
+from apps.speech.data.formats import read_corpus
 from apps.speech.data.parts import Parts, read_parts
+from apps.speech.data.shards import write_shards
 from kdcore.config import UserError
 from kdcore.run import read_json
 from tests.speech.small_runs import small
@@ -86,9 +88,77 @@ def test_parts_are_chosen_where_a_corpus_has_them(both: tuple[Path, Path]) -> No
     }
     with pytest.raises(UserError, match=r"one has no split valid, it has test, train; choose: .*one@split=NAME"):
         read(train=first, valid=first, test=second)
-    chosen = read(train=first, valid=f"{first}@split=train@speaker=s,t", test=f"{first}@split=test")
+    known = f"{first}@split=train@speaker"
+    chosen = read(train=f"{known}!=s,t", valid=f"{known}=s,t", test=f"{first}@split=test")
     assert ids(chosen)["valid"] == ["a", "b"]
     assert ids(read(path=[f"{second}@take!=3", f"{second}@speaker=w"], valid_speakers=1, test_speakers=1))
+
+
+@pytest.mark.parametrize(
+    ("row", "first", "name"),
+    [
+        ({"path": "link.wav", "offset": 2.0, "duration": 0.25}, "train", "1"),
+        ({"path": "../data/long.wav", "offset": 1, "channel": 1}, "valid", "0"),
+        ({"channel": 0}, None, None),
+        ({"offset": 0.5}, None, None),
+    ],
+)
+def test_parts_share_no_recording_whatever_it_is_called(
+    row: dict[str, object], first: str | None, name: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    soundfile.write(folder / "long.wav", np.random.default_rng(0).normal(0, 0.1, (48_000, 2)).clip(-0.9, 0.9), 16_000)
+    (folder / "link.wav").symlink_to(folder / "long.wav")
+
+    def part(name: str, *rows: dict[str, object]) -> str:
+        lines = [json.dumps({"path": "long.wav", "text": "yes", "duration": 0.5, **row}) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        return str(folder / f"{name}.jsonl")
+
+    # the ids of one file say nothing of another's
+    train = part("a", {"id": "0", "offset": 1, "channel": 0}, {"id": "1", "offset": 2})
+    valid = part("b", {"id": "0", "offset": 1, "channel": 1}, {"id": "1", "offset": 1})
+    given_ = {"train": train, "valid": valid, "test": part("c", {"id": "0", **row})}
+    if first is None:
+        assert ids(read(**given_)) == {"train": ["0", "1"], "valid": ["0", "1"], "test": ["0"]}
+        return
+    called = r" \(there 1\)" if name == "1" else ""
+    with pytest.raises(UserError, match=f"utterance 0 is in {first}{called} and in test: both hear "):
+        read(**given_)
+
+
+def test_members_of_one_shard_are_recordings_of_their_own(both: tuple[Path, Path], tmp_path: Path) -> None:
+    write_shards(read_corpus(both[1]), tmp_path / "shards")
+    shard, test = f"{tmp_path / 'shards'}@speaker", f"{both[0]}@split=test"
+    assert ids(read(train=f"{shard}!=s", valid=f"{shard}=s", test=test))["valid"] == ["a"]
+    with pytest.raises(UserError, match="utterance a is in train and in valid"):
+        read(train=f"{shard}=s,t", valid=f"{shard}=s", test=test)
+
+
+def test_each_bad_row_is_counted_once(tmp_path: Path) -> None:
+    rows = [(name, name) for name in "abcdef"]
+    folder = corpus(tmp_path / "one", {"all": rows})
+    whole = folder / "all.jsonl"
+    whole.write_text(whole.read_text() + "{\n" + json.dumps({"path": "gone.wav", "text": "yes"}) + "\n")
+    held = {"valid_speakers": 1, "test_speakers": 1, "skip_bad": True}
+    parts = read(path=str(whole), **held)
+    # held out by speaker: nobody knows what a row that cannot be read was for
+    assert parts.left_out == {"part unknown: unreadable row": 1, "part unknown: no audio": 1}
+    assert len(parts.problems) == 2
+    parts = read(path=f"{whole}@speaker!=a,b", valid=f"{whole}@speaker=a", test=f"{whole}@speaker=b", skip_bad=True)
+    assert parts.left_out == {"part unknown: unreadable row": 1, "part unknown: no audio": 1}
+    # of files that are splits it is known, whether validation is held out or not
+    whole.rename(folder / "train.jsonl")
+    other = corpus(tmp_path / "two", {"all": [("x", "x")]})
+    (folder / "test.jsonl").write_text("{\n" + (other / "all.jsonl").read_text().replace("all-", "../two/all-"))
+    wanted = {"train: unreadable row": 1, "train: no audio": 1, "test: unreadable row": 1}
+    for given_ in ({"path": str(folder)}, {"train": f"{folder}@split=train", "test": f"{folder}@split=test"}):
+        assert read(**given_, **held).left_out == wanted
+    assert read(path=f"{folder}@split=train", test=str(other), **held).left_out == {
+        "train: unreadable row": 1,
+        "train: no audio": 1,
+    }
 
 
 def test_names_are_kept_apart(tmp_path: Path) -> None:
@@ -110,6 +180,8 @@ def test_names_are_kept_apart(tmp_path: Path) -> None:
         ({"path": ["{one}", "{two}"], "valid": "{two}@speaker=s"}, "two/a is in train and in valid"),
         ({"path": ["{one}", "nowhere"]}, "nowhere is no file or folder"),
         ({"train": [], "path": "{one}"}, "got an empty list"),
+        ({"train": "{two}", "valid": "{two}", "test": "{one}"}, "utterance a is in train and in valid: both hear"),
+        ({"path": "{one}", "valid": "{one}@split=test"}, "utterance d is in valid and in test: both hear"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, object], message: str, both: tuple[Path, Path]) -> None:
@@ -151,13 +223,20 @@ def test_a_run_names_all_of_them_and_what_is_bad(both: tuple[Path, Path], tmp_pa
         read(path=[str(first), str(second)], valid_speakers=1)
     data = {"path": [str(first), str(second)], "valid": f"{second}@speaker=w", "skip_bad": True}
     data["path"][1] += "@speaker!=w"  # type: ignore[index]
+    (second / "metadata.jsonl").write_text((second / "metadata.jsonl").read_text() + "{\n")
     prepared = small("ctc_sequence_level", first, tmp_path / "run", data=data).prepared
+    about = read_json(tmp_path / "run" / "run" / "data" / "data.json")
+    assert about["left_out"] == {"train: two: bad audio": 1, "part unknown: two: unreadable row": 1}
+    assert [problem.count("row 5: is no JSON") for problem in about["problems"]].count(1) == 1
     rows = {row["part"]: row for row in prepared.statistics()}
-    assert rows["train"]["corpora"] == "3 one, 2 two" and rows["train"]["left out"] == "1 two: bad audio"
-    assert rows["train"]["audio"] == "1 silence (two/a); 1 DC offset (two/b)" and rows["test"]["audio"] == "good"
+    assert rows["train"]["corpora"] == "3 one, 2 two" and rows["test"]["left out"] == "none"
+    assert rows["train"]["left out"] == "1 two: bad audio, 1 two: unreadable row (part unknown)"
+    assert rows["train"]["remarks"] == "1 silence (two/a); 1 DC offset (two/b)"
+    assert rows["test"]["remarks"] == "1 text outside the units (one/d)"
     about = read_json(tmp_path / "run" / "run" / "provenance.json")
     assert about["simulated"] is True and about["data"]["name"] == "one+two"
     assert about["data"]["corpora"] == [{"name": "one", "simulated": True}, {"name": "two", "simulated": False}]
+    assert about["data"]["parts"]["train"] == rows["train"]
     store = prepared.store("train", "clean")
     assert len(store) == 5 and (store.lengths == 74).all()  # 500 ms and the tail
     other = {**data, "path": [str(first), f"{second}@speaker!=w,t"]}
