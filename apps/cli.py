@@ -49,7 +49,10 @@ def _main(words: list[str]) -> int:
     )
     demo.add_argument("wing", nargs="?", choices=sorted(WINGS), help="only this wing")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where runs go (default runs/demo)")
-    recipes = commands.add_parser("recipes", help="list the recipes of every wing", epilog=example("kd recipes"))
+    recipes = commands.add_parser(
+        "recipes", help="list the recipes of every wing", epilog=example("kd recipes", "kd recipes --domain speech")
+    )
+    recipes.add_argument("--domain", choices=sorted(WINGS), metavar="NAME", help=f"only of {' or '.join(WINGS)}")
     recipes.add_argument("--json", action="store_true", help="print JSON")
     _add_data(commands)
     for catalogue, what in CATALOGUES.items():
@@ -71,8 +74,13 @@ def _main(words: list[str]) -> int:
 def _add_data(commands: Any) -> None:
     data = commands.add_parser(
         "data",
-        help="list public data sets, or prepare one",
-        epilog=example("kd data list", "kd data prepare ml-1m", "kd data prepare ml-1m --from ml-1m.zip"),
+        help="list public data sets, prepare one, or simulate one",
+        epilog=example(
+            "kd data list",
+            "kd data prepare ml-1m",
+            "kd data prepare ml-1m --from ml-1m.zip",
+            "kd data simulate speech --utterances 2000 --out data/spoken",
+        ),
     )
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
     listing = verbs.add_parser("list", help="names, sizes and licences", epilog=example("kd data list"))
@@ -85,6 +93,46 @@ def _add_data(commands: Any) -> None:
     prepare.add_argument("name", help="a name of `kd data list`")
     prepare.add_argument("--from", dest="source", type=Path, help="a local archive or folder instead of the network")
     prepare.add_argument("--out", type=Path, help="the canonical folder (default data/NAME)")
+    simulate = verbs.add_parser(
+        "simulate",
+        help="make a data set of any size, offline",
+        epilog=example(
+            "kd data simulate speech --utterances 2000 --out data/spoken",
+            "kd data simulate interactions --users 10000 --out data/clicks",
+        ),
+    )
+    _add_simulations(simulate.add_subparsers(dest="what", metavar="WHAT", required=True))
+
+
+def _add_simulations(whats: Any) -> None:
+    speech = whats.add_parser(
+        "speech",
+        help="recordings of 90 synthetic voices, with manifests",
+        epilog=example(
+            "kd data simulate speech --utterances 2000 --seed 1 --out data/spoken",
+            "kd data simulate speech --snr -5 10 --out data/noisy",
+        ),
+    )
+    speech.add_argument("--utterances", type=int, metavar="N", help="a tenth each validates and tests (default 600)")
+    noise = speech.add_mutually_exclusive_group()
+    noise.add_argument(
+        "--snr",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="dB; each utterance has a signal-to-noise ratio between them (default 10 30)",
+    )
+    noise.add_argument("--no-noise", action="store_true", help="add no noise")
+    interactions = whats.add_parser(
+        "interactions",
+        help="clicks of users on items",
+        epilog=example("kd data simulate interactions --users 10000 --items 3000 --out data/clicks"),
+    )
+    interactions.add_argument("--users", type=int, metavar="N", help="how many (default 2000)")
+    interactions.add_argument("--items", type=int, metavar="N", help="how many (default 1000)")
+    for each in (speech, interactions):
+        each.add_argument("--seed", type=int, metavar="N", help="the same one gives the same data (default 0)")
+        each.add_argument("--out", type=Path, required=True, help="the folder to write; a data set there is replaced")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -95,8 +143,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
+    wings = [args.domain] if args.domain else list(WINGS)
     rows = [
-        {"wing": wing, **recipe} for wing in WINGS for recipe in import_module(f"apps.{wing}.cli").describe_recipes()
+        {"wing": wing, **recipe} for wing in wings for recipe in import_module(f"apps.{wing}.cli").describe_recipes()
     ]
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -135,6 +184,9 @@ def _catalogue(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
+    if args.verb == "simulate":
+        print(_SIMULATIONS[args.what](args))
+        return 0
     from data_scripts import catalogue
 
     if args.verb == "list":
@@ -143,6 +195,26 @@ def _data(args: argparse.Namespace) -> int:
     folder = catalogue.prepare(name, out or Path("data") / catalogue.folder_name(name), source=args.source)
     print(folder)
     return 0
+
+
+def _simulate_speech(args: argparse.Namespace) -> Path:
+    from data_scripts.simulate_speech import simulate
+
+    given: dict[str, Any] = {"utterances": args.utterances, "seed": args.seed, "snr": args.snr and tuple(args.snr)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.no_noise:
+        given["snr"] = None
+    return simulate(args.out, progress=True, **given)
+
+
+def _simulate_interactions(args: argparse.Namespace) -> Path:
+    from data_scripts.simulate_interactions import simulate
+
+    given = {"n_users": args.users, "n_items": args.items, "seed": args.seed}
+    return simulate(args.out, progress=True, **{name: value for name, value in given.items() if value is not None})
+
+
+_SIMULATIONS = {"speech": _simulate_speech, "interactions": _simulate_interactions}
 
 
 def _report(args: argparse.Namespace) -> int:

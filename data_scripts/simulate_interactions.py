@@ -220,7 +220,7 @@ ENTRIES = (
     Entry(
         name="simulated",
         what="clicks of simulated users with popularity and exposure bias, drift and a uniformly exposed log",
-        size="2,000 users, 1,000 items, 78 thousand clicks; any other size by its parameters",
+        size="2,000 users, 1,000 items, 78 thousand clicks; any other size by kd data simulate interactions",
         licence="made on this machine, free of any licence",
         citation="none: the model is stated in data_scripts/latent_world.py",
         url="",

@@ -43,23 +43,27 @@ def example(*lines: str) -> str:
     return "example" + ("s" if len(lines) > 1 else "") + ":\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def split_overrides(words: Sequence[str], known: Sequence[str] = ()) -> list[tuple[str, str]]:
+def split_overrides(
+    words: Sequence[str], known: Sequence[str] = (), settings: Sequence[str] = ()
+) -> list[tuple[str, str]]:
     """Return ``--a.b value`` and ``--a.b=value`` words as (path, text); anything else is a UserError.
 
-    ``known`` are the command's options, of which an unknown one may be a misspelling.
+    ``settings`` are the names that stand without a dot, ``known`` the command's options: an unknown name may be a
+    misspelling of either.
     """
     overrides = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if not (name.startswith("--") and "." in name.strip("-.")):
-            raise unknown_argument(word, known)
+        path = name.removeprefix("--")
+        if path == name or not ("." in path.strip("-.") or path in settings):
+            raise unknown_argument(word, list(dict.fromkeys([*known, *(f"--{setting}" for setting in settings)])))
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{name}: wanted a value after it")
             value = rest.pop(0)
-        overrides.append((name.removeprefix("--"), value))
+        overrides.append((path, value))
     return overrides
 
 

@@ -18,6 +18,7 @@ from kdcore.config import UserError
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     *([], ["demo"], ["recipes"], ["report"], ["data"], ["data", "list"], ["data", "prepare"], ["recsys"]),
+    *(["data", "simulate", *what] for what in ([], ["speech"], ["interactions"])),
     *(["recsys", verb] for verb in ("prepare", "teach", "distill", "evaluate", "run", "tune")),
     *(["recsys", verb] for verb in ("recommend", "export", "bench")),
 ]
@@ -79,6 +80,15 @@ def test_a_mistake_is_one_line_and_2_in_a_process_of_its_own() -> None:
         (["report"], "required: run (see kd report --help)"),
         (["report", "nowhere"], "nowhere: there is no such run directory"),
         (["recipes", "--jsn"], "unrecognized arguments: --jsn"),
+        (["recipes", "--domain", "speach"], "--domain: got 'speach', did you mean speech?"),
+        (["recipes", "--domain", "x"], "--domain: got 'x', wanted one of recsys, speech"),
+        (["data", "simulate", "spech", "--out", "x"], "did you mean speech?"),
+        (["data", "simulate", "speech"], "required: --out"),
+        (["data", "simulate", "speech", "--utterances", "2", "--out", "x"], "utterances: got 2, wanted a whole number"),
+        (["data", "simulate", "speech", "--snr", "20", "5", "--out", "x"], "snr: got (20.0, 5.0), wanted two numbers"),
+        (["data", "simulate", "speech", "--no-noise", "--snr", "5", "20", "--out", "x"], "not allowed with"),
+        (["data", "simulate", "speech", "--seed", "-1", "--out", "x"], "seed: got -1"),
+        (["data", "simulate", "interactions", "--users", "0", "--out", "x"], "n_users: got 0"),
     ],
 )
 def test_mistakes(
@@ -99,8 +109,32 @@ def test_recipes_and_data_are_listed(capsys: pytest.CaptureFixture[str]) -> None
     assert all(row["title"] and row["reference"] for row in rows)
     assert main(["recipes"]) == 0
     assert "relaxed_ranking" in capsys.readouterr().out
+    for wing in ("recsys", "speech"):
+        assert main(["recipes", "--domain", wing, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == [row for row in rows if row["wing"] == wing] != []
     assert main(["data", "list", "--json"]) == 0
     assert {"simulated", "ml-1m"} <= {row["name"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_a_data_set_is_simulated_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["interactions", "--users", "40", "--items", "30", "--seed", "3", "--out", str(tmp_path / "clicks")]
+    assert main(["data", "simulate", *words]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'clicks'}\n"
+    about = json.loads((tmp_path / "clicks" / "dataset.json").read_text())["parameters"]
+    assert (about["n_users"], about["n_items"], about["seed"]) == (40, 30, 3)
+
+
+@pytest.mark.parametrize(("noise", "snr"), [([], [10, 30]), (["--snr", "-5", "10"], [-5, 10]), (["--no-noise"], None)])
+def test_speech_is_simulated_as_asked(
+    noise: list[str], snr: list[float] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("soundfile", reason="soundfile is not installed: pip install kdsuite[speech]")
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed: pip install kdsuite[simulate]")
+    out = tmp_path / "spoken"
+    assert main(["data", "simulate", "speech", "--utterances", "3", "--seed", "4", *noise, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    about = json.loads((out / "dataset.json").read_text())
+    assert (about["utterances"], about["seed"], about["snr"]) == (3, 4, snr)
 
 
 def raising(error: BaseException) -> Callable[[], int]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,9 @@ def main(words: Sequence[str]) -> int:
     known = verbs.choices[args.verb].options()
     if args.verb in _STAGES:
         with processes.first_process_speaks():
-            return _stage(args, split_overrides(rest, known))
+            return _stage(args, _overrides(rest, known))
     if args.verb == "tune":
-        return _tune(args, split_overrides(rest, known))
+        return _tune(args, _overrides(rest, known))
     if rest:
         raise unknown_argument(rest[0], known)
     commands = {
@@ -64,6 +64,15 @@ def main(words: Sequence[str]) -> int:
         "bench": _bench,
     }
     return commands[args.verb](args)
+
+
+def _overrides(words: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the settings that the words left over change; ``known`` are the command's options."""
+    if not words:
+        return []
+    from apps.recsys.config import RecsysConfig
+
+    return split_overrides(words, known, [each.name for each in fields(RecsysConfig)])
 
 
 def describe_recipes() -> list[dict[str, str]]:
@@ -77,7 +86,7 @@ def _add_stage(verbs: Any, verb: str, what: str) -> None:
     parser = verbs.add_parser(
         verb,
         help=what,
-        description=f"{what[0].upper()}{what[1:]}. Any setting of the recipe can be changed with --a.b value.",
+        description=f"{what[0].upper()}{what[1:]}. Any setting of the recipe can be changed with --a or --a.b value.",
         epilog=example(
             f"kd recsys {verb} --recipe relaxed_ranking --data ml-100k --seeds 0,1,2 --out runs/ml",
             f"kd recsys {verb} --recipe relaxed_ranking --data log.csv --columns user_id=uid,item_id=sku,timestamp=ts "

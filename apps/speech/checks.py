@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
 from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
 from apps.speech.models import KINDS, model_options, new_model
@@ -13,21 +15,19 @@ _MONITORS = ("wer", "cer")
 
 def check_config(config: SpeechConfig) -> None:
     """Raise UserError for the first setting that cannot work, naming it."""
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds, at least one")
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
+        raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds of 0 or more, at least one")
     _check_views(config)
     _check_teacher(config)
     for name, model in (("student", config.student), ("student.alone", alone_config(config))):
         _check_model(name, model)
         if not KINDS[model.kind][0].streaming:
             raise UserError(f"{name}.kind: got {model.kind}, wanted a model that streams: {', '.join(_streaming())}")
-    if not config.student.labels >= 0:
-        raise UserError(f"student.labels: got {config.student.labels}, wanted a weight >= 0")
+    _check_weight("student.labels", config.student.labels)
     if not config.knowledge:
         raise UserError(f"knowledge: wanted at least one way of teaching: {', '.join(KNOWLEDGE)}")
     for name, each in config.knowledge.items():
-        if not each.weight >= 0:
-            raise UserError(f"knowledge.{name}.weight: got {each.weight}, wanted a weight >= 0")
+        _check_weight(f"knowledge.{name}.weight", each.weight)
         if each.fade < 0:
             raise UserError(f"knowledge.{name}.fade: got {each.fade}, wanted epochs, 0 or more")
         knowledge_options(name, each.options)
@@ -36,8 +36,11 @@ def check_config(config: SpeechConfig) -> None:
         raise UserError("knowledge.attention: wanted a teacher of kind attention, trained here and by itself")
     if wanted.teacher_layers:
         _check_layers(config, wanted)
-    if config.decode.order and not (config.decode.lm_weights and config.decode.word_scores):
-        raise UserError("decode: wanted lm_weights and word_scores to choose from, or order 0")
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise UserError(f"{name}: got {weight}, wanted a finite weight >= 0")
 
 
 def _check_layers(config: SpeechConfig, wanted: Need) -> None:
@@ -75,6 +78,8 @@ def _speeds(view: str) -> list[str]:
 
 def _check_teacher(config: SpeechConfig) -> None:
     teacher = config.teacher
+    if teacher.seed is not None and teacher.seed < 0:
+        raise UserError(f"teacher.seed: got {teacher.seed}, wanted 0 or more, or null for one teacher a seed")
     if teacher.by == "error" and any(member.path for member in teacher.members):
         raise UserError("teacher.by: wanted equal or confidence: a pretrained member has no error rate of this run")
     for index, member in enumerate(teacher.members or [teacher]):
@@ -87,8 +92,7 @@ def _check_member(name: str, member: MemberConfig, *, first: bool) -> None:
         _check_model(name, member)
     if member.guided and (first or member.path):
         raise UserError(f"{name}.guided: wanted a member after the first, which is the guide, and trained here")
-    if not member.guided >= 0:
-        raise UserError(f"{name}.guided: got {member.guided}, wanted a weight >= 0")
+    _check_weight(f"{name}.guided", member.guided)
 
 
 def _check_model(name: str, model: ModelConfig) -> None:

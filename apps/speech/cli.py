@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +56,19 @@ def main(words: Sequence[str]) -> int:
     known = verbs.choices[args.verb].options()
     if args.verb in _STAGES:
         with processes.first_process_speaks():
-            return _stage(args, split_overrides(rest, known))
+            return _stage(args, _overrides(rest, known))
     if rest:
         raise unknown_argument(rest[0], known)
     return _VERBS[args.verb](args)
+
+
+def _overrides(words: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the settings that the words left over change; ``known`` are the command's options."""
+    if not words:
+        return []
+    from apps.speech.config import SpeechConfig
+
+    return split_overrides(words, known, [each.name for each in fields(SpeechConfig)])
 
 
 def describe_recipes() -> list[dict[str, str]]:
@@ -73,7 +82,7 @@ def _add_stage(verbs: Any, verb: str, what: str) -> None:
     parser = verbs.add_parser(
         verb,
         help=what,
-        description=f"{what[0].upper()}{what[1:]}. Any setting of the recipe can be changed with --a.b value.",
+        description=f"{what[0].upper()}{what[1:]}. Any setting of the recipe can be changed with --a or --a.b value.",
         epilog=example(
             f"kd speech {verb} --recipe ctc_sequence_level --data an4 --seeds 0,1,2 --out runs/an4",
             f"kd speech {verb} --recipe clean_to_noisy --data my/manifest.jsonl --student.options.size tiny",
@@ -205,7 +214,7 @@ def _finish(pipeline: Pipeline, as_json: bool) -> None:
     from kdcore.report import read_run, run_table, write_report
     from kdcore.run import read_json
 
-    rows = evaluate(pipeline)
+    rows = evaluate(pipeline, memory=True)
     pipeline.deploy()
     if not processes.is_first_process():
         return
@@ -311,14 +320,17 @@ def _add_lm(verbs: Any) -> None:
         epilog=example("kd speech lm --text sentences.txt --order 3 --out lm.arpa"),
     )
     parser.add_argument("--text", type=Path, required=True, nargs="+", help="text, a sentence a line")
-    parser.add_argument("--order", type=int, default=3, help="words of the longest n-gram (default 3)")
+    parser.add_argument("--order", type=int, default=3, help="words of the longest n-gram, 2 to 6 (default 3)")
     parser.add_argument("--out", type=Path, required=True, help="the ARPA file to write")
 
 
 def _lm(args: argparse.Namespace) -> int:
+    from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER
     from apps.speech.decode.ngram import read_sentences, write_arpa
     from apps.speech.text import TextRules
 
+    if not MIN_ORDER <= args.order <= MAX_ORDER:
+        raise UserError(f"--order: got {args.order}, wanted {MIN_ORDER} to {MAX_ORDER}")
     rules = TextRules()
     texts = [rules.normalise(line) for file in args.text for line in read_sentences(file)]
     write_arpa(args.out, [text for text in texts if text], args.order)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER
 from apps.speech.distill import Optimization
 from apps.speech.spec_augment import SpecAugment
 from apps.speech.text import TextRules
@@ -35,6 +37,11 @@ class DataConfig:
     unlabelled: str | list[str] | None = None
     text: TextRules = field(default_factory=TextRules)
     skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("valid_speakers", 1), ("test_speakers", 1), ("split_seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: got {getattr(self, name)}, wanted {least} or more")
 
     @property
     def corpora(self) -> list[str | list[str]]:
@@ -113,6 +120,11 @@ class TeacherConfig(MemberConfig):
     # train one teacher with this seed for all students; None: one teacher a seed
     seed: int | None = 0
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether any of it comes from a folder."""
+        return any(member.path for member in self.members or [self])
+
 
 @dataclass(frozen=True)
 class KnowledgeConfig:
@@ -151,6 +163,15 @@ class DecodeConfig:
     lm_weights: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
     word_scores: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0, 2.0])
 
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise ValueError(f"decode.beam: got {self.beam}, wanted 1 or more")
+        if self.order and not MIN_ORDER <= self.order <= MAX_ORDER:
+            raise ValueError(f"decode.order: got {self.order}, wanted {MIN_ORDER} to {MAX_ORDER}, or 0 for greedy only")
+        for name, values in (("lm_weights", self.lm_weights), ("word_scores", self.word_scores)):
+            if (self.order and not values) or not all(map(math.isfinite, values)):
+                raise ValueError(f"decode.{name}: got {values}, wanted finite numbers, at least one (or order 0)")
+
 
 @dataclass(frozen=True)
 class SpeechConfig:
@@ -172,6 +193,12 @@ class SpeechConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     # what the report compares
     report: dict[str, Any] = field(default_factory=lambda: {"metric": "wer", "higher_is_better": False})
+
+    def taught_views(self, part: str) -> list[str]:
+        """Return the views in which the teacher hears a part."""
+        if part in ("valid", "test"):
+            return [self.tested_view("teacher")]
+        return list(dict.fromkeys(pair.teacher for pair in self.views))
 
     def tested_view(self, role: str) -> str:
         """Return what a model is validated and tested in: a teacher in clean speech where it never hears the noise."""

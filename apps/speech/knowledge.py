@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,28 @@ from apps.speech.lessons import Cuts, NBest
 from kdcore import losses
 from kdcore.config import UserError, build, nearest
 from kdcore.losses.contract import Reduction
+from kdcore.losses.sequence import SpikeForm
 from kdcore.teaching import Schedule, Term
+
+
+def _check_least(options: Any, least: int, *names: str) -> None:
+    """Raise ValueError for an option that is below its least value."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise ValueError(f"{name}: got {getattr(options, name)}, wanted {least} or more")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: got {temperature}, wanted a finite number above 0")
+
+
+def _check_lists(count: int, beam: int) -> None:
+    """Raise ValueError for lists of hypotheses that the beam cannot give."""
+    if count < 1:
+        raise ValueError(f"count: got {count}, wanted 1 or more")
+    if beam < count:
+        raise ValueError(f"beam: got {beam}, wanted at least the count of hypotheses, {count}")
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,16 @@ class FrameOptions:
     blank_weight: float = 0.0
     blank_free: bool = False
 
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+        _check_least(self, 0, "delay", "window")
+        if self.monotone and not self.window:
+            raise ValueError("monotone: got true with window 0, wanted a window of 1 or more with it")
+        if self.blank_threshold is not None and not 0 <= self.blank_threshold <= 1:
+            raise ValueError(f"blank_threshold: got {self.blank_threshold}, wanted a probability, or null for none")
+        if not (math.isfinite(self.blank_weight) and self.blank_weight >= 0):
+            raise ValueError(f"blank_weight: got {self.blank_weight}, wanted a finite weight >= 0")
+
 
 @dataclass(frozen=True)
 class SequenceOptions:
@@ -39,6 +71,10 @@ class SequenceOptions:
     beam: int = 16
     # of the weights of the hypotheses
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_lists(self.count, self.beam)
+        _check_temperature(self.temperature)
 
 
 @dataclass(frozen=True)
@@ -52,13 +88,24 @@ class SegmentOptions:
     threshold: float = 0.95
     delay: int = 0
 
+    def __post_init__(self) -> None:
+        _check_lists(self.count, self.beam)
+        _check_temperature(self.temperature)
+        _check_least(self, 1, "least")
+        _check_least(self, 0, "delay")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold: got {self.threshold}, wanted a probability below 1")
+
 
 @dataclass(frozen=True)
 class GuidedOptions:
     """Of spikes where the teacher has them, ``delay`` frames later."""
 
     delay: int = 0
-    form: str = "probability"
+    form: SpikeForm = "probability"
+
+    def __post_init__(self) -> None:
+        _check_least(self, 0, "delay")
 
 
 @dataclass(frozen=True)
@@ -68,12 +115,18 @@ class AttentionTargets:
     delay: int = 0
     window: int = 0
 
+    def __post_init__(self) -> None:
+        _check_least(self, 0, "delay", "window")
+
 
 @dataclass(frozen=True)
 class HintOptions:
     """Of the student's encoder against the teacher's, ``delay`` frames earlier."""
 
     delay: int = 0
+
+    def __post_init__(self) -> None:
+        _check_least(self, 0, "delay")
 
 
 @dataclass(frozen=True)
@@ -89,8 +142,9 @@ class LayersOptions:
     def __post_init__(self) -> None:
         if not self.student or len(self.student) != len(self.teacher):
             raise ValueError(f"layers: wanted as many blocks of both, at least one, got {self.student}, {self.teacher}")
-        if min(*self.student, *self.teacher, self.progress, self.delay) < 0:
-            raise ValueError(f"layers: wanted numbers >= 0, got {self}")
+        if min(*self.student, *self.teacher) < 0:
+            raise ValueError(f"layers: wanted blocks counted from 0, got {self.student}, {self.teacher}")
+        _check_least(self, 0, "progress", "delay")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from apps.speech import fitting, knowledge
 from apps.speech.checks import check_config
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
+from apps.speech.device.folder import sha256
 from apps.speech.distill import Lessons
 from apps.speech.knowledge import Pair
 from apps.speech.models import AcousticModel
@@ -81,6 +82,7 @@ class Pipeline:
                         "name": self.config.data.name,
                         "fingerprint": found.fingerprint,
                         "corpora": list(found.sources),
+                        "parts": {row["part"]: row for row in found.statistics()},
                     },
                     simulated=found.simulated,
                 )
@@ -104,8 +106,8 @@ class Pipeline:
     def _member(self, config: MemberConfig, seed: int, folder: Path, before: Sequence[Teacher]) -> Teacher:
         if config.path:
             listener = HuggingFaceCtc.from_folder(config.path, self.prepared.units)
-            weights = fingerprint((Path(config.path) / "model.safetensors").read_bytes())
-            return Teacher([listener], [Member(weights, self.prepared.units.symbols)])
+            weights = {file.name: sha256(file) for file in sorted(Path(config.path).glob("*.safetensors"))}
+            return Teacher([listener], [Member(fingerprint(weights), self.prepared.units.symbols)])
         views = list(dict.fromkeys(pair.teacher for pair in self.config.views))
         guide = before[0] if config.guided and before else None
         key = self._key("teacher", seed, {"model": resolved(config), "guide": guide.fingerprint if guide else ""})

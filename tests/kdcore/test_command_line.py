@@ -61,6 +61,9 @@ def test_overrides_in_both_forms() -> None:
     words = ["--a.b", "1", "--c.d=x=y", "--e.f", "-1", "--g.h="]
     assert split_overrides(words) == [("a.b", "1"), ("c.d", "x=y"), ("e.f", "-1"), ("g.h", "")]
     assert split_overrides([]) == []
+    settings = ["test_view", "seeds"]
+    words = ["--test_view", "noise:0:10", "--seeds=[1]"]
+    assert split_overrides(words, ["--test", "--seeds"], settings) == [("test_view", "noise:0:10"), ("seeds", "[1]")]
 
 
 @pytest.mark.parametrize(
@@ -71,11 +74,14 @@ def test_overrides_in_both_forms() -> None:
         (["stray"], "unknown argument 'stray'"),
         (["--sedes", "1"], "unknown argument '--sedes', did you mean --seeds"),
         (["--.", "1"], "unknown argument '--.'"),
+        (["--tset_view", "clean"], "unknown argument '--tset_view', did you mean --test_view"),
+        (["--test_view"], "--test_view: wanted a value after it"),
+        (["test_view", "clean"], "unknown argument 'test_view'"),
     ],
 )
 def test_words_that_are_no_settings(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        split_overrides(words, ["--seeds", "--out"])
+        split_overrides(words, ["--seeds", "--out"], ["test_view", "seeds"])
 
 
 def test_integers() -> None:

@@ -197,6 +197,8 @@ def test_interrupted_run_goes_on(
         (["run", *RECIPE, "--data", "LOG", "--columns", "user=a"], "unknown name 'user'"),
         (["run", *RECIPE, "--data", "LOG", "--columns", "user_id=nope"], "nope"),
         (["prepare", *RECIPE, "--data", "LOG", "--k_core", "9"], "unknown argument '--k_core'"),
+        (["run", *RECIPE, "--data", "LOG", "--metrics", "[ndgc@10]"], "did you mean ndcg"),
+        (["run", *RECIPE, "--data", "LOG", "--metric", "[ndcg@10]"], "did you mean --metrics"),
         (["recommend", "--out", "x.parquet"], "required: --run"),
         (["recommend", "--run", "nowhere", "--out", "x.parquet"], "nowhere: no run here"),
         (["recommend", "--run", "nowhere", "--modle", "teacher", "--out", "x"], "did you mean --model?"),

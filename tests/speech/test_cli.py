@@ -46,6 +46,11 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "--data", "x"], "wanted --recipe NAME"),
         (["evaluate", "--out", "no-run-here"], "no run here"),
         (["lm", "--text", "missing.txt", "--out", "lm.arpa"], "missing.txt"),
+        (["run", "--recipe", "demo", "--data", "no-such-corpus", "--test_view", "noise:0:10"], "no-such-corpus"),
+        (["run", "--recipe", "demo", "--data", "no-such-corpus", "--test_view", "nois:0:10"], "did you mean noise?"),
+        (["run", "--recipe", "demo", "--data", "no-such-corpus", "--test-view=clean"], "did you mean --test_view"),
+        (["lm", "--text", "missing.txt", "--order", "9", "--out", "lm.arpa"], "--order: got 9, wanted 2 to 6"),
+        (["lm", "--text", "missing.txt", "--order", "1", "--out", "lm.arpa"], "--order: got 1, wanted 2 to 6"),
         (["lm", "--txt", "missing.txt", "--out", "lm.arpa"], "--text"),
     ],
 )

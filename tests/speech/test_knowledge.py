@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,8 +69,34 @@ def test_unknown_names_and_options_are_told() -> None:
         knowledge_options("sequnce", {})
     with pytest.raises(UserError, match=r"knowledge\.frame\.options"):
         knowledge_options("frame", {"dealy": 1})
-    with pytest.raises(ValueError, match="1 <= count <= beam"):
+    with pytest.raises(UserError, match="beam: got 4, wanted at least the count of hypotheses, 9"):
         needs({"sequence": {"count": 9, "beam": 4}})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        *((name, {"delay": -1}, "delay: got -1, wanted 0 or more") for name in sorted(set(KNOWLEDGE) - {"sequence"})),
+        *((name, {"temperature": 0}, "temperature: got 0.0, wanted") for name in ("frame", "sequence", "segment")),
+        ("frame", {"temperature": float("inf")}, "temperature: got inf, wanted a finite number above 0"),
+        ("frame", {"window": -1}, "window: got -1, wanted 0 or more"),
+        ("frame", {"monotone": True}, "monotone: got true with window 0"),
+        ("frame", {"blank_threshold": 2.0}, "blank_threshold: got 2.0, wanted a probability"),
+        ("frame", {"blank_weight": -1.0}, "blank_weight: got -1.0, wanted a finite weight >= 0"),
+        ("attention", {"window": -1}, "window: got -1, wanted 0 or more"),
+        ("sequence", {"count": 0}, "count: got 0, wanted 1 or more"),
+        ("segment", {"beam": 3}, "beam: got 3, wanted at least the count of hypotheses, 4"),
+        ("segment", {"least": 0}, "least: got 0, wanted 1 or more"),
+        ("segment", {"threshold": 1.0}, "threshold: got 1.0, wanted a probability below 1"),
+        ("guided", {"form": "probabilty"}, "form"),
+        ("layers", {"progress": -1}, "progress: got -1, wanted 0 or more"),
+        ("layers", {"student": [-1]}, "wanted blocks counted from 0"),
+    ],
+)
+def test_options_out_of_range_are_told_with_what_was_wanted(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        knowledge_options(name, options)
+    assert str(refused.value).startswith(f"knowledge.{name}.options: ") and message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", sorted(KNOWLEDGE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from apps.speech.models.attention import AttentionCtc, AttentionOptions
@@ -52,9 +53,12 @@ def model_options(kind: str, options: Mapping[str, Any]) -> Any:
     given = dict(options)
     size = given.pop("size", None)
     sizes = SIZES.get(kind, {})
+    if size is not None and not sizes:
+        known = ", ".join(each.name for each in fields(KINDS[kind][1]))
+        raise UserError(f"options.size: got {size!r}, but {kind} has no sizes; wanted any of its options: {known}")
     if size is not None and size not in sizes:
         raise UserError(f"options.size: {kind} has no size {size!r}, {nearest(str(size), sizes)}")
-    return build(KINDS[kind][1], {**sizes.get(size, {}), **given}, f"{kind}.options")
+    return build(KINDS[kind][1], {**sizes.get(size, {}), **given}, "options")
 
 
 def new_model(kind: str, classes: int, options: Mapping[str, Any]) -> AcousticModel:

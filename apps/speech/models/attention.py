@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from apps.speech.models.base import check_sizes
 from apps.speech.models.recurrent import BiLstm, BiLstmOptions
 from kdcore.losses.contract import Reduction
 from kdcore.teaching import Term
@@ -27,6 +29,14 @@ class AttentionOptions(BiLstmOptions):
     kernel: int = 15
     # how much the decoder counts beside CTC, in training
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "embedding", "decoder", "filters", "kernel")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel: got {self.kernel}, wanted an odd number")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight: got {self.weight}, wanted a finite weight >= 0")
 
 
 class AttentionCtc(BiLstm):

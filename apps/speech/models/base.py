@@ -34,6 +34,21 @@ def complete(features: Tensor, lengths: Tensor) -> Tensor:
     return padded.masked_fill(behind[..., None], SILENCE)
 
 
+def check_sizes(options: Any, *names: str) -> None:
+    """Check what the options of every model have (``channels``, ``width``, ``dropout``), and the sizes of ``names``.
+
+    Raises:
+        ValueError: a size below 1, other than two channels, or a dropout outside [0, 1).
+    """
+    for name in ("width", *names):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: got {getattr(options, name)}, wanted at least 1")
+    if len(options.channels) != 2 or min(options.channels) < 1:
+        raise ValueError(f"channels: got {options.channels}, wanted two numbers of at least 1")
+    if not 0 <= options.dropout < 1:
+        raise ValueError(f"dropout: got {options.dropout}, wanted 0 to below 1")
+
+
 class AcousticModel(nn.Module):
     """A CTC model: features float32 [B, T, 80] to logits [B, T / 4, C], the blank last.
 

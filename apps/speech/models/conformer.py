@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from apps.speech.features import SILENCE
-from apps.speech.models.base import SUBSAMPLING, AcousticModel, State, StreamingModel, complete, output_lengths
+from apps.speech.models.base import (
+    SUBSAMPLING,
+    AcousticModel,
+    State,
+    StreamingModel,
+    check_sizes,
+    complete,
+    output_lengths,
+)
 from apps.speech.models.layers import FrontEnd
 
 # frames whose attention is worked at once: what a long utterance needs grows with its length, not with its square
@@ -170,15 +178,9 @@ class Block(nn.Module):
 
 def _check(options: ConformerOptions | ChunkedConformerOptions, *names: str) -> None:
     """Raise ValueError for sizes that no model has."""
-    for name in ("width", "heads", "blocks", "feed_forward", "kernel", *names):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name}: got {getattr(options, name)}, wanted at least 1")
-    if len(options.channels) != 2 or min(options.channels) < 1:
-        raise ValueError(f"channels: got {options.channels}, wanted two numbers of at least 1")
+    check_sizes(options, "heads", "blocks", "feed_forward", "kernel", *names)
     if options.width % (2 * options.heads):
         raise ValueError(f"width: got {options.width}, wanted a multiple of twice the {options.heads} heads")
-    if not 0 <= options.dropout < 1:
-        raise ValueError(f"dropout: got {options.dropout}, wanted 0 to below 1")
 
 
 @dataclass(frozen=True)

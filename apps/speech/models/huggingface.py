@@ -16,7 +16,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apps.speech.features import SAMPLE_RATE
+from apps.speech.features import SAMPLE_RATE, TAIL_MS
 from apps.speech.models.base import FRAME_MS
+from apps.speech.views import Speed, parse_view
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ MOST_SECONDS = 120
 _SHIFT = 160
 _LARGEST_JSON = 1 << 24
 _BOUNDARY = "▁"
+
+
+def longest_heard(views: Iterable[str]) -> float:
+    """Return the seconds of the longest utterance that is heard at once in each of some views, its tail included."""
+    speeds = (math.prod(step.factor for step in parse_view(view).steps if isinstance(step, Speed)) for view in views)
+    return (MOST_SECONDS - TAIL_MS / 1000) * min(speeds)
 
 
 class HuggingFaceCtc(nn.Module):

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from apps.speech.models.base import AcousticModel, State, StreamingModel, complete, output_lengths
+from apps.speech.models.base import AcousticModel, State, StreamingModel, check_sizes, complete, output_lengths
 from apps.speech.models.layers import CausalConvolution, FrontEnd, reverse
 
 Cell = Literal["lstm", "gru"]
@@ -28,8 +28,7 @@ class BiLstmOptions:
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        if min(*self.channels, self.width, self.hidden, self.layers) < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"bilstm: wanted sizes of at least 1 and a dropout in [0, 1), got {self}")
+        check_sizes(self, "hidden", "layers")
 
 
 class BiLstm(AcousticModel):
@@ -90,9 +89,7 @@ class ConvRnnOptions:
     def __post_init__(self) -> None:
         if self.cell not in get_args(Cell):
             raise ValueError(f"cell: got {self.cell!r}, wanted one of {', '.join(get_args(Cell))}")
-        for name in ("width", "kernel", "hidden", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        check_sizes(self, "kernel", "hidden", "chunk")
         if min(self.layers, self.convolutions) < 0 or not self.layers + self.convolutions:
             raise ValueError(f"layers, convolutions: got {self.layers} and {self.convolutions}, wanted one of them")
 

@@ -117,7 +117,14 @@ def test_the_decoder_learns_where_symbols_are() -> None:
     assert looks_where_it_sounds(made) > 0.75
 
 
-@pytest.mark.parametrize("wrong", [{"hidden": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"hidden": 0}, {"dropout": 1.0}, {"embedding": 0}, {"decoder": 0}, {"filters": 0}, {"kernel": 0}),
+        *({"kernel": 4}, {"weight": -1.0}),
+    ],
+)
 def test_sizes_out_of_range(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="wanted sizes"):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"options: {name}: got {value}, wanted"):
         new_model("attention", 5, {**TINY, **wrong})

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.speech.features import fbank
+from apps.speech.features import SAMPLE_RATE, fbank, with_tail
 from apps.speech.models.base import output_lengths
-from apps.speech.models.huggingface import MODELS, HuggingFaceCtc, _pairs, import_transformers
+from apps.speech.models.huggingface import MODELS, HuggingFaceCtc, _pairs, import_transformers, longest_heard
 from apps.speech.units import Units
 from kdcore.config import UserError
 
@@ -182,6 +182,17 @@ def test_silence_and_long_audio(kept):
     assert teacher.log_probs(np.zeros(3200, np.float32)).isfinite().all()
     with pytest.raises(UserError, match=r"audio of 36000 s: .* at most 120 s"):
         teacher.log_probs(np.broadcast_to(np.float32(0), 36_000 * 16_000))
+
+
+def test_the_longest_utterance_ends_with_its_tail_in_its_slowest_view(kept, monkeypatch):
+    assert longest_heard(["clean", "noise:0:10"]) == pytest.approx(119.76)
+    assert longest_heard(["clean", "room:0.4+speed:0.5"]) == pytest.approx(119.76 / 2)
+    monkeypatch.setattr("apps.speech.models.huggingface.MOST_SECONDS", 1)
+    longest = samples(round(longest_heard(["clean"]) * SAMPLE_RATE))
+    teacher = HuggingFaceCtc.from_folder(kept, UNITS)
+    assert len(teacher.log_probs(with_tail(longest)))
+    with pytest.raises(UserError, match="at most 1 s"):
+        teacher.log_probs(with_tail(np.append(longest, longest[:1])))
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 800), np.float32), np.zeros(800), np.full(800, math.nan, np.float32)])

@@ -107,7 +107,11 @@ def test_sizes(size, least, most):
         ("conv_rnn", {"size": "smal"}, "did you mean small"),
         ("conv_rnn", {"cell": "rnn"}, "cell"),
         ("conv_rnn", {"chunk": 0}, "chunk: got 0, wanted at least 1"),
-        ("bilstm", {"size": "small"}, "bilstm has no size"),
+        ("conv_rnn", {"dropout": 3}, "dropout: got 3.0, wanted 0 to below 1"),
+        ("conv_rnn", {"channels": [0, 3]}, "channels: got"),
+        ("bilstm", {"layers": 0}, "layers: got 0, wanted at least 1"),
+        ("bilstm", {"dropout": -0.1}, "dropout: got -0.1, wanted 0 to below 1"),
+        ("bilstm", {"size": "small"}, "but bilstm has no sizes; wanted any of its options: channels, width, hidden"),
     ],
 )
 def test_what_is_no_option_is_refused(kind, options, message):
