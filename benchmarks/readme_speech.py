@@ -34,7 +34,7 @@ def quality(result: dict[str, Any]) -> str:
                 shown = shown or (found["high"] is not None and found["high"] < 0)
         verdict = "" if shown else " **No gain of the teacher is shown.**"
         lines.append(f"`{recipe}`: student minus student alone, points: {'; '.join(said)}.{verdict}")
-    return "\n".join([*lines, "", f"{result['data']}; intervals 95 % over utterances and seeds. {_command('quality')}"])
+    return "\n".join([*lines, "", f"{result['data']}; intervals 95 % over utterances and seeds. {_command(result)}"])
 
 
 def train(result: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def train(result: dict[str, Any]) -> str:
     return (
         f"On cached teachers a step costs {ratio['frame']:.2f} times a plain CTC step at the frame level (wanted "
         f"at most {target['frame']}) and {ratio['sequence of 4']:.2f} times at the sequence level with 4 hypotheses "
-        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. {_command('train')}"
+        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. {_command(result)}"
     )
 
 
@@ -56,7 +56,7 @@ def noise(result: dict[str, Any]) -> str:
         f"{result['data']}: student alone {rates['student_alone']} % WER, student taught by a teacher that hears it "
         f"clean {rates['student']} %, relative "
         f"{result['relative_difference']:+.1%} (wanted {result['targets']['relative_difference']:+.0%}); "
-        f"points {_points(gain)}. {_command('noise')}"
+        f"points {_points(gain)}. {_command(result)}"
     )
 
 
@@ -81,7 +81,7 @@ def digits(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"{result['data']}. Wanted at least {target['digits']:.0%} of the digits, and at most "
-            f"{100 * target['wer_difference']:.1f} points of WER over one corpus: {gaps}. {_command('digits')}",
+            f"{100 * target['wer_difference']:.1f} points of WER over one corpus: {gaps}. {_command(result)}",
         ]
     )
 
@@ -137,7 +137,7 @@ def runtime(result: dict[str, Any]) -> str:
     server = result["server"]
     if "words_as_alone" in server:
         chunks += f" Of {server['words']} words of the live streams {server['words_as_alone']} are those of each alone."
-    about = f"{result['data']}; one core; what misses is bold.{chunks} {_command('runtime')}"
+    about = f"{result['data']}; one core; what misses is bold.{chunks} {_command(result)}"
     return "\n".join([*lines, "", about])
 
 
@@ -149,5 +149,6 @@ def _points(estimate: dict[str, Any]) -> str:
     return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
 
 
-def _command(what: str) -> str:
-    return f"`kd speech bench {what} --json benchmarks/results/speech_{what}.json`"
+def _command(result: dict[str, Any]) -> str:
+    """Return the command that wrote a result."""
+    return f"`{' '.join(result['provenance']['command'])}`"
