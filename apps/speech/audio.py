@@ -30,6 +30,7 @@ PathLike = str | os.PathLike[str]
 LONGEST_SECONDS = 3600.0
 _RATES = (1_000, 768_000)
 _BLOCK_VALUES = 1 << 20  # decoded at once: samples times channels
+_OGG_PAGE = 65_307  # bytes of the largest
 _LOUDEST = 8.0  # a float file beyond that does not hold samples in [-1, 1]
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's word for a stream without a length
 _PLACEHOLDER = 0x7FFF0000  # the size that a program which writes to a pipe puts in a header
@@ -215,6 +216,27 @@ def _refuse_truncated(handle: soundfile.SoundFile, stream: io.BufferedReader | i
             raise UserError(
                 f"{name}: is truncated: the header states {int(header[1])} samples, {handle.frames} are there"
             )
+
+    if handle.format == "OGG":
+        at = stream.tell()
+        whole = _ogg_ends(stream)
+        stream.seek(at)
+        if not whole:
+            raise UserError(f"{name}: is truncated: no last page of Ogg says that the stream ends")
+
+
+def _ogg_ends(stream: io.BufferedReader | io.BytesIO) -> bool:
+    """Return whether the last page of an Ogg file is whole and marked as its stream's last (RFC 3533)."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - 2 * _OGG_PAGE))
+    tail = stream.read()
+    at = len(tail)
+    while (at := tail.rfind(b"OggS\0", 0, at)) >= 0:
+        segments = tail[at + 26] if at + 26 < len(tail) else None
+        if segments is not None and at + 27 + segments <= len(tail):
+            sizes = tail[at + 27 : at + 27 + segments]
+            return at + 27 + segments + sum(sizes) <= len(tail) and bool(tail[at + 5] & 4)
+    return False
 
 
 def _begun(handle: soundfile.SoundFile, name: str, start: float, seconds: float | None) -> int | None:

@@ -7,7 +7,7 @@ from a finished run. No torch to write a card; to read a run, what runs need.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,8 @@ class Card:
     models: tuple[ModelFile, ...]
     # which recording the self-test clip is
     clip: str
-    clip_text: str
+    # model file -> what it hears in the clip
+    clip_texts: Mapping[str, str]
     run: RunFacts | None = None
 
 
@@ -234,9 +235,16 @@ def _files(card: Card) -> str:
         + _table(("file", "bytes", "same text as float32", "WER %"), rows)
         + "\n\nTexts of best paths by onnxruntime, on the recordings that were at hand at the export. In float32 "
         f"onnxruntime and PyTorch differ by at most {card.parity:.1g} in log-probability.\n\n"
-        f"`{CLIP}` is {_plain(card.clip)}; the models hear {_code(card.clip_text)} in it. `kdsuite.json` lists all "
+        f"`{CLIP}` is {_plain(card.clip)}; {_heard(card.clip_texts)}. `kdsuite.json` lists all "
         "files with their hashes, and `kd speech check .` verifies them."
     )
+
+
+def _heard(texts: Mapping[str, str]) -> str:
+    """Return what the models hear in the clip, each by itself where they differ."""
+    if len(set(texts.values())) == 1:
+        return f"{'the models hear' if len(texts) > 1 else 'the model hears'} {_code(next(iter(texts.values())))} in it"
+    return "in it " + ", ".join(f"`{name}` hears {_code(text)}" for name, text in texts.items())
 
 
 def _usage(card: Card) -> str:

@@ -188,12 +188,12 @@ def export_model(
             parity=parity,
             models=tuple(each for each in compared.files if each.name in kept),
             clip=f"recording {compared.name}",
-            clip_text=compared.texts[kept[0]],
+            clip_texts={file: compared.texts[file] for file in kept},
             run=run,
         )
         write_text(folder / CARD, render(card))
         about = {**_about(card, calibration), "delay_ms": delay_ms, "decode": dict(decode or {})}
-        test = {"audio": CLIP, "text": {file: compared.texts[file] for file in kept}}
+        test = {"audio": CLIP, "text": card.clip_texts}
         write_json(folder / ABOUT, {**about, "self_test": test, "files": _checksums(folder)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,22 @@ def test_damaged_files_are_named_with_the_reason(tmp_path: Path) -> None:
         assert str(path) in message and "\n" not in message and reasons.get(name, "") in message, (name, message)
         with pytest.raises(UserError):
             list(blocks(path, 0.5))
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_an_ogg_file_ends_with_its_last_page(codec: str, tmp_path: Path) -> None:
+    path = tmp_path / "whole.ogg"
+    samples = np.random.default_rng(0).normal(0, 0.1, 16_000 * 20).astype(np.float32)
+    soundfile.write(path, samples, 16_000, format="OGG", subtype=codec)
+    data = path.read_bytes()
+    pages = [match.start() for match in re.finditer(rb"OggS\0", data)]
+    assert len(pages) > 4 and abs(len(read_audio(path)) - len(samples)) < 1600
+    (tmp_path / "tail.ogg").write_bytes(data + b"TAG" + bytes(125))  # as players write behind it
+    np.testing.assert_array_equal(read_audio(tmp_path / "tail.ogg"), read_audio(path))
+    for size in (pages[-2], pages[-2] + 20, pages[-1] - 1, pages[-1], pages[-1] + 10, len(data) - 1):
+        (tmp_path / "cut.ogg").write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"cut\.ogg: is truncated: no last page of Ogg"):
+            read_audio(tmp_path / "cut.ogg")
 
 
 def test_a_header_without_a_length(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ FILES = (
     ModelFile("model.onnx", 3_400_000, 130, 130, 0.1049),
     ModelFile("model.int8.onnx", 890_000, 130, 127, 0.1062),
 )
-CARD = Card("an4-small", "conv_rnn", 829_668, "characters", 27, 160, 0, 2.4e-6, FILES, "recording an1-b", "yes no")
+TEXTS = {each.name: "yes no" for each in FILES}
+CARD = Card("an4-small", "conv_rnn", 829_668, "characters", 27, 160, 0, 2.4e-6, FILES, "recording an1-b", TEXTS)
 
 
 def rate(role: str, decoding: str, value: float) -> Rate:
@@ -97,9 +98,19 @@ def test_simulated_data_is_called_that() -> None:
 
 
 def test_names_are_no_markup() -> None:
-    text = render(replace(CARD, name="# <script>alert(1)</script> [x](y)", clip="a|b\n## c", clip_text="a `b`"))
+    text = render(
+        replace(
+            CARD,
+            name="# <script>alert(1)</script> [x](y)",
+            clip="a|b\n## c",
+            clip_texts={"model.onnx": "a `b`", "model.int8.onnx": "a `b`"},
+        )
+    )
     assert "<script>" not in text.replace("\\<script\\>", "") and "\n## c" not in text
-    assert "hear `` a `b` `` in it" in text
+    assert "the models hear `` a `b` `` in it" in text
+    text = render(replace(CARD, clip_texts={"model.onnx": "yes no", "model.int8.onnx": "yes"}))
+    assert "; in it `model.onnx` hears `yes no`, `model.int8.onnx` hears `yes`." in text
+    assert "; the model hears `yes` in it." in render(replace(CARD, clip_texts={"model.onnx": "yes"}))
     row = replace(RUN, rates=(replace(RUN.rates[0], model="x | y\nz"),))
     assert "| teacher | x \\| y z | " in render(replace(CARD, run=row))
 
