@@ -49,15 +49,21 @@ def train(result: dict[str, Any]) -> str:
 
 def noise(result: dict[str, Any]) -> str:
     """Return the sentence on the recipe for noise."""
-    models = result["models"]
-    gain = result["differences"]["wer against student_alone, by utterance"]
-    rates = {role: _percent(model["metrics"]["wer"]) for role, model in models.items()}
+    models, found = result["models"], result["differences"]
+    said = []
+    for metric, how in (("wer", "best path"), ("wer_lm", "with language model")):
+        rates = {role: _percent(model["metrics"][metric]) for role, model in models.items()}
+        gain = found[f"{metric} against student_alone, by utterance"]
+        remark = "" if gain["high"] < 0 else ", an interval that does not exclude 0"
+        said.append(
+            f"{how}, student alone {rates['student_alone']} % WER, student {rates['student']} % "
+            f"(points {_points(gain)}{remark})"
+        )
     return (
-        f"{result['data']}: student alone {rates['student_alone']} % WER, student taught by a teacher that hears it "
-        f"clean {rates['student']} %, relative "
-        f"{result['relative_difference']:+.1%} (wanted {result['targets']['relative_difference']:+.0%}); "
-        f"points {_points(gain)}. {_command(result)}"
-    )
+        f"{result['data']}. The teacher hears the recordings clean. {'; '.join(said)}. Relative, best path: "
+        f"{result['relative_difference']:+.1%} (wanted {result['targets']['relative_difference']:+.0%}). "
+        f"{_command(result)}"
+    ).replace(". best path", ". Best path")
 
 
 def digits(result: dict[str, Any]) -> str:
