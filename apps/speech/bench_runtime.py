@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from apps.speech.bench_commands import installed, starts, transcribed
-from apps.speech.bench_quality import SEEDS
 from apps.speech.bench_results import complete
 from apps.speech.bench_server import streamed
 from apps.speech.config import load_config
@@ -57,14 +56,13 @@ def run(
     work: Path,
     *,
     data: str = "an4",
-    seeds: Sequence[int] = SEEDS,
     streams: int = 40,
     stream_seconds: float = 15.0,
     hour: float = 3600.0,
     repeats: int = 5,
     overrides: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """Measure the student that ``bench quality`` has (or trains it now), exported, on the test part.
+    """Measure the student that ``bench quality`` has, or one of a single seed that is trained now, on the test part.
 
     Options:
         streams, stream_seconds: live streams at once, and what each says.
@@ -75,12 +73,13 @@ def run(
         UserError: no such data.
     """
     name = find_data(data).name
-    given = [("data.path", json.dumps(data)), ("seeds", json.dumps(list(seeds))), *overrides]
-    config, folder = load_config(recipe=RECIPE, overrides=given), work / f"speech-{name}-{RECIPE}"
-    pipeline = Pipeline(config, folder, Announcer())
-    if not (folder / "report.html").exists():  # the last that a finished run has
-        pipeline, _ = complete(config, folder)
-    bench = Bench(pipeline, work / f"speech-{name}-runtime")
+    trained, own = work / f"speech-{name}-{RECIPE}", work / f"speech-{name}-runtime"
+    if (trained / "report.html").exists():  # the last that a finished run has
+        pipeline = Pipeline.reopen(trained, Announcer())
+    else:
+        given = [("data.path", json.dumps(data)), ("seeds", "[0]"), *overrides]
+        pipeline, _ = complete(load_config(recipe=RECIPE, overrides=given), own / "run")
+    bench = Bench(pipeline, own)
     commands, texts = bench.commands(hour)
     return {
         "data": f"{name}, its {len(bench.texts)} test utterances",

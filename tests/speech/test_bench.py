@@ -132,7 +132,6 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
 def test_runtime_measures_what_was_exported(data: Path, tmp_path: Path) -> None:
     given = {
         "data": str(data),
-        "seeds": [0],
         "streams": 2,
         "stream_seconds": 1.0,
         "hour": 5.0,
