@@ -246,7 +246,7 @@ def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
                     if part == "test":
                         tested[name].setdefault(cell.role, []).append(scores)
                 if part == "test":
-                    about = {"role": cell.role, "model": _label(cell), "seed": seed}
+                    about = {"role": cell.role, "model": _label(pipeline, cell), "seed": seed}
                     sliced += [{**each, **about} for each in slices(found["wer"])]
     pipeline.run.write_metrics(rows)
     write_json(pipeline.run.path / "slices.json", {"metric": "wer", "slices": sliced})
@@ -299,7 +299,7 @@ def _row(
     return metric_row(
         domain="speech",
         recipe=measurement.config.recipe,
-        model=_label(cell),
+        model=_label(measurement.pipeline, cell),
         role=cell.role,
         seed=cell.seed,
         split=part,
@@ -321,10 +321,14 @@ def _about(cell: Cell) -> dict[str, Any]:
     return {**sums, "bytes": sum(model_bytes(folder) for folder in folders if (folder / "model.json").exists())}
 
 
-def _label(cell: Cell) -> str:
-    if not (cell.folder / "model.json").exists():
-        return "ensemble" if cell.folder.exists() else "pretrained"
-    return str(read_json(cell.folder / "model.json")["label"])
+def _label(pipeline: Pipeline, cell: Cell) -> str:
+    """Return what a model is called; a teacher that is not tested as the students are says how it is."""
+    if (cell.folder / "model.json").exists():
+        label = str(read_json(cell.folder / "model.json")["label"])
+    else:
+        label = "ensemble" if cell.folder.exists() else "pretrained"
+    view = pipeline.config.tested_view(cell.role)
+    return label if view == pipeline.config.test_view else f"{label}, {view}"
 
 
 def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[Scores]]]) -> list[dict[str, Any]]:
@@ -332,7 +336,7 @@ def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[
 
     Those over utterances come first: they are what the report's table has.
     """
-    labels = {cell.role: _label(cell) for cell in pipeline.cells(pipeline.config.seeds[0])}
+    labels = {cell.role: _label(pipeline, cell) for cell in pipeline.cells(pipeline.config.seeds[0])}
     rows = []
     for metric, decoding in (("wer", "wer"), ("cer", "wer"), ("wer_lm", "wer_lm")):
         by_role = tested[decoding]

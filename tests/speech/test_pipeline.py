@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from apps.speech.checks import check_config
 from apps.speech.config import load_config, read_recipe, recipe_names
 from apps.speech.fitting import ask
-from apps.speech.measure import Measurement, shown_utterance
+from apps.speech.measure import Measurement, evaluate, shown_utterance
 from apps.speech.models import new_model
 from apps.speech.models.huggingface import import_transformers
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
+from kdcore.report import write_report
 from kdcore.run import read_json, read_log
 from tests.speech.small_runs import SIZES, TRAINER, run, small
 
@@ -108,6 +109,11 @@ def test_a_teacher_that_never_hears_the_noise_is_validated_and_tested_without_it
     for one, clean, other in zip(heard, asked, noisy, strict=True):
         np.testing.assert_allclose(one, clean, atol=1e-5)
         assert np.abs(one - other).max() > 1e-3
+    pipeline.distill(0)
+    rows = {row["role"]: row["model"] for row in evaluate(pipeline)}
+    assert rows["teacher"].endswith(", clean") and "," not in rows["student"] + rows["student_alone"]
+    write_report(pipeline.run.path)
+    assert f"{rows['teacher']} (teacher)" in (pipeline.run.path / "report.html").read_text(encoding="utf-8")
     assert load_config(recipe="ctc_sequence_level", overrides=[("data.path", "x")]).tested_view("teacher") == "clean"
     noisy = [("data.path", "x"), ("views", '[{"student": "clean", "teacher": "noise:0:10"}]')]
     config = load_config(recipe="clean_to_noisy", overrides=noisy)
