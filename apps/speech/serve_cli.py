@@ -15,13 +15,13 @@ VERB = "serve"
 _LIMITS: tuple[tuple[str, int | float, int | float, str], ...] = (
     ("max_streams", 64, 1, "live streams at once; one more is refused"),
     ("max_connections", 1024, 1, "WebSocket connections at once, and as many of HTTP"),
-    ("jobs", 1, 1, "uploaded files that are transcribed at once"),
-    ("max_waiting", 16, 0, "uploads that may wait beside those; one more is refused"),
+    ("jobs", 1, 1, "uploaded files that are heard at once; the others take turns with them"),
+    ("max_waiting", 16, 0, "uploads that may be there beside those; one more is refused"),
     ("max_upload", 100 << 20, 1024, "bytes of a request with a file"),
     ("max_message", 1 << 20, 1024, "bytes of a WebSocket message"),
     ("max_seconds", 7200.0, 0.1, "seconds of audio of a stream or file"),
     ("idle_seconds", 30.0, 0.1, "a stream that sends no audio for so long is ended"),
-    ("receive_seconds", 30.0, 0.1, "how long the head of a request may take, and an upload may pause"),
+    ("receive_seconds", 30.0, 0.1, "how long a request's head may take, and an upload may pause or lag behind 1 kB/s"),
     ("send_seconds", 10.0, 0.1, "how long a client may leave an answer unread"),
     ("drain_seconds", 30.0, 0.1, "what a stopping service finishes its work in"),
 )
@@ -68,6 +68,7 @@ def run_serve(args: argparse.Namespace) -> int:
         if not least <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')}: got {value:g}, wanted {least:g} or more")
     from apps.speech.serve import serve
+    from apps.speech.server.native_stderr import native_stderr_logged
     from apps.speech.server.origins import origin
     from apps.speech.server.settings import ServeSettings
     from kdcore.progress import Announcer
@@ -77,7 +78,6 @@ def run_serve(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"--allow-{error}") from None
     limits = {name: getattr(args, name) for name, *_ in _LIMITS}
-    recognizer = transcribe_cli.setup_of(args).recognizer()
-    return serve(
-        recognizer, ServeSettings(host=args.host, port=args.port, allow_origins=origins, **limits), Announcer()
-    )
+    settings = ServeSettings(host=args.host, port=args.port, allow_origins=origins, **limits)
+    with native_stderr_logged():
+        return serve(transcribe_cli.setup_of(args).recognizer(), settings, Announcer())

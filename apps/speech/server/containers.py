@@ -5,6 +5,7 @@ Sources: Matroska (RFC 9559), Ogg (RFC 3533), Opus in Ogg (RFC 7845).
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,9 +51,11 @@ class Demuxer(Protocol):
 
 # elements of WebM: those that are gone into, and those that are looked at
 _EBML, _SEGMENT, _CLUSTER, _TRACKS, _TRACK, _GROUP = 0x1A45DFA3, 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xA0
-_INSIDE = {_SEGMENT, _CLUSTER, _TRACKS, _TRACK, _GROUP}
+_INFO = 0x1549A966
+_INSIDE = {_SEGMENT, _INFO, _CLUSTER, _TRACKS, _TRACK, _GROUP}
 _NUMBER, _CODEC, _PRIVATE, _SIMPLE_BLOCK, _BLOCK = 0xD7, 0x86, 0x63A2, 0xA3, 0xA1
-_LOOKED_AT = {_NUMBER, _CODEC, _PRIVATE, _SIMPLE_BLOCK, _BLOCK}
+_SCALE, _DURATION = 0x2AD7B1, 0x4489
+_LOOKED_AT = {_NUMBER, _CODEC, _PRIVATE, _SIMPLE_BLOCK, _BLOCK, _SCALE, _DURATION}
 
 
 class WebM:
@@ -71,11 +74,18 @@ class WebM:
         self._codec = b""
         self._private = b""
         self._opus: int | None = None
+        self._scale, self._duration = 1_000_000, 0.0
 
     @property
     def torn(self) -> bool:
         """Whether the bytes so far end within an element."""
         return bool(self._data) or self._skip > 0
+
+    @property
+    def seconds(self) -> float | None:
+        """The length that its head states, known once the first packet is; None where it states none."""
+        seconds = self._duration * self._scale / 1e9
+        return seconds if 0 < seconds < math.inf else None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Take bytes and yield Opus packets."""
@@ -133,8 +143,12 @@ class WebM:
         return name, b""
 
     def _note(self, name: int, content: bytes) -> None:
-        """Note what is said of a track, until all of an Opus track is known."""
-        if name == _NUMBER:
+        """Note what is said of the length, and of a track, until all of an Opus track is known."""
+        if name == _SCALE:
+            self._scale = int.from_bytes(content[:8], "big")
+        elif name == _DURATION and len(content) in (4, 8):
+            (self._duration,) = struct.unpack(">f" if len(content) == 4 else ">d", content)
+        elif name == _NUMBER:
             self._number = int.from_bytes(content[:8], "big")
         elif name == _CODEC:
             self._codec = content.rstrip(b"\0")

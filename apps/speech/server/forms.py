@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 _MOST_FIELDS, _MOST_VALUE = 64, 1 << 14
+# bytes a second in which a form arrives, in the mean: less than speech in Opus has, sent while it is recorded
+_LEAST_RATE = 1000
+_FILENAME = re.compile(rb";\s*filename\*\s*=\s*\"?(utf-8|iso-8859-1)'[^';]*'([^\s;\"]*)", re.IGNORECASE)
 
 
 @dataclass
@@ -56,8 +61,8 @@ async def read_form(request: Request, path: Path, settings: ServeSettings) -> Fo
         with open(path, "wb") as handle:
             filler = _Filler(form, handle)
             parser = MultipartParser(boundary, filler.callbacks())
-            chunks = request.stream().__aiter__()
-            while (data := await _next(chunks, settings.receive_seconds)) is not None:
+            arrival = _Arrival(request, settings.receive_seconds)
+            while (data := await arrival.next(size)) is not None:
                 size += len(data)
                 if size > settings.max_upload:
                     raise _too_large(settings)
@@ -71,13 +76,23 @@ async def read_form(request: Request, path: Path, settings: ServeSettings) -> Fo
     return form
 
 
-async def _next(chunks: Any, seconds: float) -> bytes | None:
-    try:
-        return await asyncio.wait_for(anext(chunks), seconds)
-    except StopAsyncIteration:
-        return None
-    except TimeoutError:
-        raise ServiceError(408, "timeout", "the form did not arrive", headers={"connection": "close"}) from None
+class _Arrival:
+    """A body as it arrives, which may pause, and lag behind the least rate, for so many seconds."""
+
+    def __init__(self, request: Request, seconds: float) -> None:
+        self._chunks = request.stream().__aiter__()
+        self._time, self._seconds = asyncio.get_running_loop().time, seconds
+        self._began = self._time()
+
+    async def next(self, size: int) -> bytes | None:
+        """Return the next bytes behind the first ``size``, None behind the last; ServiceError for who is too slow."""
+        until = min(self._time(), self._began + size / _LEAST_RATE) + self._seconds
+        try:
+            async with asyncio.timeout_at(until):  # what is there already has come in time
+                return await anext(self._chunks, None)
+        except TimeoutError:
+            message = f"the form did not arrive: {size} bytes in {self._time() - self._began:.1f} s"
+            raise ServiceError(408, "timeout", message, headers={"connection": "close"}) from None
 
 
 def _bad(message: str) -> ServiceError:
@@ -87,6 +102,14 @@ def _bad(message: str) -> ServiceError:
 def _too_large(settings: ServeSettings) -> ServiceError:
     message = f"wanted at most {settings.max_upload} bytes"
     return ServiceError(413, "too_large", message, headers={"connection": "close"})
+
+
+def _filename(disposition: bytes, options: dict[bytes, bytes]) -> str | None:
+    """Return the name of a part's file; ``filename*`` (RFC 5987), which forms should not have, where it is the only."""
+    if b"filename" in options:
+        return options[b"filename"].decode("utf-8", "replace")
+    found = _FILENAME.search(disposition)
+    return unquote_to_bytes(found[2]).decode(found[1].decode(), "replace") if found else None
 
 
 class _Filler:
@@ -141,11 +164,11 @@ class _Filler:
             raise _bad("a part of the form has no name")
         self._name, self._value = options[b"name"].decode("utf-8", "replace"), bytearray()
         if self._name == "file":
-            filename = options.get(b"filename")
+            filename = _filename(self._disposition, options)
             if self._form.filename is not None or filename is None:
                 what = "is no file (it has no filename)" if filename is None else "is given twice"
                 raise ServiceError(422, "invalid", f"file: {what}", "file", {"connection": "close"})
-            self._form.filename = filename.decode("utf-8", "replace")
+            self._form.filename = filename
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         if self._name == "file":

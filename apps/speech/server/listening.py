@@ -20,7 +20,7 @@ from kdcore.config import UserError, nearest
 # how a connection is closed for what went wrong
 _CLOSE_CODES = {
     **{"invalid": 1008, "idle": 1008, "too_long": 1008, "unreadable": 1007},
-    **{"overloaded": 1013, "stopping": 1012, "internal": 1011},
+    **{"too_large": 1009, "overloaded": 1013, "stopping": 1012, "internal": 1011},
 }
 _QUERY = ("format", "rate", "channels")
 
@@ -105,6 +105,9 @@ async def _read(websocket: WebSocket, session: Session, settings: ServeSettings)
         if message["type"] == "websocket.disconnect":
             session.leave()
             return
+        if wanted := message.get("too_big"):
+            session.stop(ServiceError(413, "too_large", f"wanted messages {wanted}"))
+            continue
         if (data := message.get("bytes")) is not None:
             await session.put(data)
             until = loop.time() + settings.idle_seconds

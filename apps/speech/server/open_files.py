@@ -13,8 +13,8 @@ _log = logging.getLogger("kdsuite.serve")
 
 
 def open_files(settings: ServeSettings) -> int:
-    """Return how many files a service may have open at once: both kinds of connections, uploads, and a margin."""
-    return 2 * settings.max_connections + 2 * (settings.jobs + settings.max_waiting) + _MARGIN
+    """Return how many files a service may have open at once: both kinds of connections, an upload each, a margin."""
+    return 3 * settings.max_connections + _MARGIN
 
 
 def allow_open_files(settings: ServeSettings) -> int:

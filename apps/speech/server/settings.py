@@ -13,13 +13,13 @@ class ServeSettings:
     Attributes:
         max_streams: live streams at once; one more is refused.
         max_connections: WebSocket connections at once, those among them that are being refused, and as many of HTTP.
-        jobs: uploaded files that are transcribed at once.
-        max_waiting: uploads that may be on their way or wait beside those; one more is refused.
+        jobs: uploaded files that are heard at once; the others take turns with them, by seconds of audio.
+        max_waiting: uploads that may be there beside those; one more is refused. What still arrives is not counted.
         max_upload: bytes of a request with a file.
         max_seconds: of audio of one file or one stream.
         max_message: bytes of a WebSocket message.
         idle_seconds: a stream that sends no audio for so long is ended; empty messages are none.
-        receive_seconds: how long the head of a request may take, and an upload may pause.
+        receive_seconds: how long the head of a request may take, and an upload may pause or lag behind 1 kB/s.
         send_seconds: how long a client may leave an answer unread.
         drain_seconds: what a stopping service finishes its work in.
         allow_origins: origins of pages elsewhere that may open a stream, as ``origins.origin`` returns them.

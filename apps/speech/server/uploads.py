@@ -7,10 +7,10 @@ import json
 import math
 import os
 import tempfile
-import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,8 +19,9 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from apps.speech.audio import blocks
+from apps.speech.audio import audio_info, blocks
 from apps.speech.device.subtitles import cues, srt, vtt
+from apps.speech.server.containers import WebM
 from apps.speech.server.forms import Form, read_form
 from apps.speech.server.metrics import Metrics
 from apps.speech.server.settings import ServeSettings, ServiceError
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("json", "text", "srt", "vtt", "verbose_json")
 GRANULARITIES = ("word", "segment")
-_BLOCK_SECONDS = 1.0
+# of audio that is heard before another file has its turn
+_TURN_SECONDS = 1.0
+# of the length that a file states, what it has at the least: for some formats that is an estimate
+_AT_LEAST = 0.98
+_WEBM = b"\x1a\x45\xdf\xa3"
 _PLAIN = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 
 
@@ -116,8 +121,11 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
     }
 
 
+_Work = Generator[tuple[float, Response] | None]
+
+
 class Uploads:
-    """Files that clients send: so many are transcribed at once, so many more may wait."""
+    """Files that clients send: so many may be there, and are heard in turn, a second each, by so many threads."""
 
     def __init__(self, recognizer: Recognizer, settings: ServeSettings, metrics: Metrics) -> None:
         self._recognizer, self._settings, self._metrics = recognizer, settings, metrics
@@ -135,49 +143,64 @@ class Uploads:
             ServiceError: what is wrong with it, or too many are waiting.
             ClientDisconnect: nobody waits for the answer any more.
         """
-        settings = self._settings
-        if self.waiting >= settings.jobs + settings.max_waiting:
+        self._refuse_overload()  # who cannot be heard need not send the file
+        with ExitStack() as place, tempfile.TemporaryDirectory(prefix="kd-upload-") as folder:
+            form = await read_form(request, Path(folder) / "audio", self._settings)
+            wanted = Wanted.of(form)
+            if form.filename is None:
+                raise ServiceError(422, "invalid", "file: is missing", "file")
+            # only now: those that arrive slowly would keep the places from all others
+            self._refuse_overload()
+            self.waiting += 1
+            place.callback(self._leave)
+            return await self._heard(request, form, wanted)
+
+    def _refuse_overload(self) -> None:
+        if self.waiting >= self._settings.jobs + self._settings.max_waiting:
             message = f"{self.waiting} files are waiting already"
             raise ServiceError(503, "overloaded", message, headers={"retry-after": "5", "connection": "close"})
-        self.waiting += 1
-        try:
-            with tempfile.TemporaryDirectory(prefix="kd-upload-") as folder:
-                form = await read_form(request, Path(folder) / "audio", settings)
-                wanted = Wanted.of(form)
-                if form.filename is None:
-                    raise ServiceError(422, "invalid", "file: is missing", "file")
-                return await self._heard(request, form, wanted)
-        finally:
-            self.waiting -= 1
+
+    def _leave(self) -> None:
+        self.waiting -= 1
 
     async def _heard(self, request: Request, form: Form, wanted: Wanted) -> Response:
-        """Transcribe and write the answer in a thread; stop, or do not even begin, if the client goes away."""
-        left = threading.Event()
-        job = self._pool.submit(self._work, form, wanted, left)
-        work = asyncio.wrap_future(job)
+        """Transcribe and write the answer turn by turn; stop, or do not even begin, if the client goes away."""
+        work = self._work(form, wanted)
         gone = asyncio.create_task(_gone(request))
         try:
-            both: list[asyncio.Future[Any]] = [work, gone]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            left.set()
-            if job.cancel():  # it waits for a thread still: whoever has left does not keep the place till then
-                raise ClientDisconnect
-            done = await work  # the file may go only when nobody reads it
+            done = None
+            while done is None:
+                done = await self._turn(work, gone)
         finally:
-            left.set()
-            job.cancel()
             gone.cancel()
-        if done is None:
-            raise ClientDisconnect
+            work.close()
         seconds, response = done
         self._metrics.upload(seconds)
         return response
 
-    def _work(self, form: Form, wanted: Wanted, left: threading.Event) -> tuple[float, Response] | None:
-        """Return seconds of audio and answer; the subtitles of hours would keep the event loop from live streams."""
+    async def _turn(self, work: _Work, gone: asyncio.Task[None]) -> tuple[float, Response] | None:
+        """Let a thread go on with a file behind those that wait for one; ClientDisconnect if the client goes away."""
+        job = self._pool.submit(next, work)
+        turn = asyncio.wrap_future(job)
+        try:
+            both: list[asyncio.Future[Any]] = [turn, gone]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # whoever leaves does not keep the place till the turn; if it is on, the file may go only afterwards
+            if not job.cancel() and not turn.done():
+                await asyncio.wait([turn])
+        if job.cancelled():
+            raise ClientDisconnect
+        done = turn.result()
+        if gone.done():
+            raise ClientDisconnect
+        return done
+
+    def _work(self, form: Form, wanted: Wanted) -> _Work:
+        """Yield None after each turn, then seconds of audio and answer: the event loop has no time for long ones."""
         name = _shown(form.filename or "")
-        heard = transcribe(self._recognizer, form.path, name, self._settings.max_seconds, left)
-        return None if heard is None else (heard.seconds, heard.response(wanted))
+        for heard in transcribe(self._recognizer, form.path, name, self._settings.max_seconds):
+            yield None if heard is None else (heard.seconds, heard.response(wanted))
 
 
 async def _gone(request: Request) -> None:
@@ -190,35 +213,51 @@ def _shown(name: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in os.path.basename(name)[:80]) or "file"
 
 
-def transcribe(
-    recognizer: Recognizer, path: Path, name: str, max_seconds: float, left: threading.Event
-) -> Heard | None:
-    """Return what is said in a file, block by block; None once ``left`` is set. ServiceError for what is no audio."""
+def transcribe(recognizer: Recognizer, path: Path, name: str, max_seconds: float) -> Iterator[Heard | None]:
+    """Yield None after each turn, then what is said in a file. ServiceError for what is no audio, or too long."""
     stream = recognizer.stream()
     segments: list[Segment] = []
+    turn = 0.0
+    too_long = ServiceError(413, "too_long", f"{name}: wanted at most {max_seconds:g} s of audio", "file")
     try:
+        if _AT_LEAST * (_stated_seconds(path) or 0.0) > max_seconds:
+            raise too_long
         for block in _samples(path):
-            if left.is_set():
-                return None
             if stream.seconds + len(block) / 16_000 > max_seconds:
-                raise ServiceError(413, "too_long", f"{name}: wanted at most {max_seconds:g} s of audio", "file")
+                raise too_long
             segments += stream.accept(block).final
+            if stream.seconds >= turn + _TURN_SECONDS:
+                turn = stream.seconds
+                yield None
     except UserError as error:
         message = str(error).replace(os.fspath(path), name)
         message = f"{name}{message[5:]}" if message.startswith("audio:") else message
         raise ServiceError(422, "unreadable", message, "file") from None
     segments += stream.finish().final
-    return Heard(tuple(segments), stream.seconds)
+    yield Heard(tuple(segments), stream.seconds)
+
+
+def _stated_seconds(path: Path) -> float | None:
+    """Return the length that a file states; nothing is decoded."""
+    with open(path, "rb") as handle:
+        if handle.read(len(_WEBM)) != _WEBM:
+            return audio_info(path).seconds
+        handle.seek(0)
+        reader = WebM()
+        while data := handle.read(1 << 14):
+            if next(reader.feed(data), None):
+                break
+        return reader.seconds
 
 
 def _samples(path: Path) -> Iterator[np.ndarray]:
     """Yield the samples of a file: WebM, or whatever libsndfile reads."""
     with open(path, "rb") as handle:
-        if handle.read(4) == b"\x1a\x45\xdf\xa3":
+        if handle.read(len(_WEBM)) == _WEBM:
             handle.seek(0)
             yield from _webm(handle)
             return
-    yield from blocks(path, _BLOCK_SECONDS)
+    yield from blocks(path, _TURN_SECONDS)
 
 
 def _webm(handle: BinaryIO) -> Iterator[np.ndarray]:

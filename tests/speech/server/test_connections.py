@@ -134,7 +134,22 @@ def live(served: Served) -> list[BoundedWebSocket]:
 def test_what_a_client_may_not_send(served: Served, wire: bytes, code: int) -> None:
     client = opened(served)
     client.sendall(wire)
-    assert close_code(rest(client)) == code
+    said = rest(client)
+    assert close_code(said) == code
+    assert (b'"code":"too_large","message":"wanted messages' in said) == (code == 1009)
+    assert until(lambda: not live(served) and not served.service.hub.sessions)
+
+
+def test_who_sends_on_what_is_too_large_is_told_what_was_heard(served: Served) -> None:
+    data = pcm(SHORT)
+    client = opened(served)
+    said = b"".join(frame(2, data[at : at + 900]) for at in range(0, len(data), 900))
+    began = time.monotonic()
+    client.sendall(said + b"\x82\xff" + (1 << 40).to_bytes(8, "big") + MASK + bytes(300_000))
+    client.sendall(bytes(3_000_000))
+    answer = rest(client)
+    assert b'"type":"final","text":"no"' in answer and b'"code":"too_large"' in answer
+    assert close_code(answer) == 1009 and time.monotonic() - began < WAIT / 2
     assert until(lambda: not live(served) and not served.service.hub.sessions)
 
 

@@ -130,6 +130,52 @@ def test_limits_hold_with_and_without_a_length(tmp_path: Path) -> None:
         assert not path.exists() or path.stat().st_size <= 2000
 
 
+@pytest.mark.parametrize(("size", "in_time"), [(1, False), (100, True)])
+def test_a_form_may_take_as_long_as_its_size_lets_it(tmp_path: Path, size: int, in_time: bool) -> None:
+    data = form([("file", "a", bytes(1000))])
+    coming = iter([data[at : at + size] for at in range(0, len(data), size)])
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.03)
+        part = next(coming, b"")
+        return {"type": "http.request", "body": part, "more_body": bool(part)}
+
+    head = [(b"content-type", f"multipart/form-data; boundary={BOUNDARY}".encode())]
+    request = Request({"type": "http", "method": "POST", "headers": head}, receive)
+    reading = read_form(request, tmp_path / "file", ServeSettings(receive_seconds=0.2))
+    if in_time:
+        assert asyncio.run(reading).filename == "a"
+        return
+    with pytest.raises(ServiceError, match=r"^the form did not arrive: \d+ bytes in [\d.]+ s$") as caught:
+        asyncio.run(reading)
+    assert (caught.value.status, caught.value.code) == (408, "timeout")
+
+
+@pytest.mark.parametrize(
+    ("disposition", "filename"),
+    [
+        (b"filename*=UTF-8''na%C3%AFve%20talk.wav", "naïve talk.wav"),
+        (b"filename*=utf-8'en'a.wav", "a.wav"),
+        (b"FileName*=\"UTF-8''a%3B.wav\"", "a;.wav"),
+        (b"filename*=ISO-8859-1''%E9.wav", "é.wav"),
+        (b"filename*=UTF-8''%FF%E9.wav", "\ufffd\ufffd.wav"),
+        (b"filename*=UTF-8''b.wav; filename=a.wav", "a.wav"),
+        (b"filename=\"a; filename*=UTF-8''b.wav\"", "a; filename*=UTF-8''b.wav"),
+        (b"filename*=utf-7''a.wav", None),
+        (b"filename*=a.wav", None),
+        (b"filename*", None),
+    ],
+)
+def test_names_of_files(tmp_path: Path, disposition: bytes, filename: str | None) -> None:
+    data = b"--xYz\r\nContent-Disposition: form-data; name=file; " + disposition + b"\r\n\r\nabc\r\n--xYz--\r\n"
+    if filename is None:
+        with pytest.raises(ServiceError, match="is no file"):
+            read(tmp_path, data)
+        return
+    found = read(tmp_path, data)
+    assert (found.filename, found.path.read_bytes()) == (filename, b"abc")
+
+
 def test_a_file_is_written_as_it_comes(tmp_path: Path) -> None:
     """What has arrived is no longer in memory when the next piece is asked for."""
     data = form([("file", "a", bytes(1 << 20))])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.speech.device.exported import noise, silence, spoken
 from tests.speech.server.recordings import ogg_opus, packets, webm
-from tests.speech.server.served import WAIT, Served, connected, dictate, heard_as, pcm, running, told
+from tests.speech.server.served import WAIT, Served, connected, dictate, heard_as, pcm, running, told, wav
 
 AUDIO = np.concatenate([spoken("yes no"), silence(2), spoken("day")])
 SHORT = spoken("no", before=0.1, after=0.1)
@@ -213,8 +213,10 @@ def test_limits_of_time_and_size(folder: Path) -> None:
         asyncio.run(idle())
         found = asyncio.run(dictate(served.ws, pcm(AUDIO), stop=False))
         assert (found.final, found.code, found.last["error"]["code"]) == (["yes"], 1008, "too_long")
-        found = asyncio.run(dictate(served.ws, bytes(20_001), 20_001, stop=False))
-        assert found.code == 1009
+        short = pcm(SHORT)[:20_000]
+        found = asyncio.run(dictate(served.ws, short + bytes(20_001), [len(short), 20_001], stop=False))
+        assert (found.final, found.code, found.last["error"]["code"]) == (["no"], 1009, "too_large")
+        assert found.last["error"]["message"] == "wanted messages of at most 20000 bytes"
         assert quiet(served)
 
 
@@ -258,11 +260,16 @@ def test_a_service_that_stops_tells_what_was_said(folder: Path) -> None:
                 found = await told(socket)
                 assert (found.final, found.last["error"]["code"], found.code) == (["no"], "stopping", 1012)
 
+        # libmpg123 warns of it on stderr
+        cut = wav(noise(4, 0.1), format="MP3")[:6000]
+        assert httpx.post(f"http{url}/v1/audio/transcriptions", files={"file": ("a.mp3", cut)}).status_code == 422
         asyncio.run(client())
         rest = process.communicate(timeout=WAIT)[1]
         assert process.returncode == 0, rest
         assert '"ended": "stopping"' in rest and "traceback" not in rest
         assert "torch: False" in rest
+        logged = [json.loads(each) for each in rest.splitlines() if not each.startswith("torch: ")]
+        assert any("Xing" in each["message"] for each in logged if each.get("logger") == "native")
     finally:
         process.kill()
         process.wait()

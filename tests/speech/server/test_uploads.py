@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -151,19 +152,53 @@ def test_too_large_and_too_long(served: Served) -> None:
     assert problem(post(served, long)) == (413, "too_long", "file")
 
 
-def test_one_too_many_and_one_that_stalls(folder: Path) -> None:
-    with running(folder, max_waiting=0, receive_seconds=0.4) as served:
+def test_what_states_that_it_is_too_long_is_not_heard(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    opus = packets(ogg_opus(AUDIO))
+    # of some formats the length is an estimate
+    assert post(served, webm(opus, seconds=30.3)).json() == {"text": "yes no day"}
+    monkeypatch.setattr(uploads, "_samples", lambda path: pytest.fail("it was heard"))
+    for data in (
+        wav(silence(31)),
+        *(wav(silence(31), format=form) for form in ("FLAC", "MP3")),
+        ogg_opus(silence(31)),
+        webm(opus, seconds=31.0),
+        webm(opus, seconds=31.0, live=False),
+    ):
+        assert problem(post(served, data)) == (413, "too_long", "file")
+
+
+def test_forms_that_still_arrive_keep_no_place_and_are_ended(folder: Path) -> None:
+    with running(folder, max_waiting=0, receive_seconds=0.5) as served, ExitStack() as held:
         host, port = served.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as slow:
-            head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n"
-            slow.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
-            until = time.monotonic() + 5
-            while not served.service.uploads.waiting and time.monotonic() < until:
-                time.sleep(0.005)
-            answer = post(served, wav(spoken("no")))
-            assert problem(answer) == (503, "overloaded", None) and answer.headers["retry-after"]
-            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        slow = [held.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(4)]
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n"
+        for client in slow:
+            client.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n--b".encode())
         assert post(served, wav(spoken("no"))).json() == {"text": "no"}
+        for client in slow:
+            answer = client.recv(4000)
+            assert answer.startswith(b"HTTP/1.1 408") and b'"message":"the form did not arrive: 3 bytes in' in answer
+
+
+def test_a_short_file_is_answered_while_a_long_one_is_heard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, enough = uploads._samples, threading.Event()
+
+    def endless(path: Path) -> Iterator[np.ndarray]:
+        yield from own(path)
+        while path.stat().st_size > 60_000 and not enough.is_set():
+            yield silence(1)
+
+    monkeypatch.setattr(uploads, "_samples", endless)
+    with running(folder, max_waiting=1, max_seconds=1e9) as served, ThreadPoolExecutor() as clients:
+        try:
+            long = clients.submit(post, served, wav(AUDIO))
+            assert waiting(served, 1)
+            assert post(served, wav(spoken("no"))).json() == {"text": "no"}
+            assert post(served, b"no audio").status_code == 422
+            assert not long.done()
+        finally:
+            enough.set()
+        assert long.result().json() == {"text": "yes no day"}
 
 
 def test_files_are_gone_afterwards_and_clients_may_go(
@@ -218,12 +253,14 @@ def test_who_leaves_before_a_file_is_begun_leaves_the_place(
                 assert waiting(served, 1), "who has left keeps the place"
             assert httpx.get(f"{served.url}/health").json()["uploads"] == 1
             assert len(list(tmp_path.iterdir())) == 1
-            stays = clients.submit(httpx.post, url, **form)
-            assert waiting(served, 2)
+            stays = [clients.submit(httpx.post, url, **form) for _ in range(2)]
+            assert waiting(served, 3)
+            refused = post(served, wav(AUDIO))
+            assert problem(refused) == (503, "overloaded", None) and refused.headers["retry-after"]
         finally:
             go.set()
-        assert [each.result().json() for each in (long, stays)] == [{"text": "yes no day"}] * 2
-        assert waiting(served, 0) and len(begun) == 2 and list(tmp_path.iterdir()) == []
+        assert [each.result().json() for each in (long, *stays)] == [{"text": "yes no day"}] * 3
+        assert waiting(served, 0) and len(begun) == 3 and list(tmp_path.iterdir()) == []
 
 
 def test_an_answer_is_written_beside_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
