@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test lint bench ondevice clean install
 
 demo: $(STAMP)
 	$(BIN)/kd demo
@@ -34,6 +34,10 @@ bench: $(STAMP)
 	$(BIN)/kd bench losses --json benchmarks/results/losses.json
 	$(BIN)/python benchmarks/knowledge_forms.py --json benchmarks/results/knowledge_forms.json
 	$(BIN)/python -m benchmarks.readme
+
+# .[ondevice] in an environment of its own, and a transcript there; after make demo
+ondevice: $(STAMP)
+	$(BIN)/python -m benchmarks.clean_install --run runs/demo/speech
 
 install: $(STAMP)
 
