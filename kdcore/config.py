@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
-
-import yaml
 
 T = TypeVar("T")
 
@@ -30,12 +27,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; a missing file or anything but a mapping is a UserError with the line."""
+    # here, since a recogniser on a device reads no YAML and does not have the package
+    from yaml import YAMLError
+
+    from kdcore.yaml_text import load
+
     file = Path(path)
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        value = load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not UTF-8 text"
@@ -61,51 +63,21 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[tuple[str, st
 
 def parse_value(text: str) -> Any:
     """Return a command-line text as a configuration file would read it; what is no YAML is the text itself."""
+    from yaml import YAMLError
+
+    from kdcore.yaml_text import load
+
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return load(text)
+    except YAMLError:
         return text
 
 
 def dump_yaml(value: Mapping[str, Any]) -> str:
     """Return a mapping as YAML that ``read_yaml`` reads back as it was."""
-    return yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    from kdcore.yaml_text import dump
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2, and no name twice in a mapping.
-
-    By 1.1 a data set called ``no`` would be False, ``12:30`` the number 750, ``2020-01-01`` a date, and ``1e-3`` text.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                mark = node.value[index][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands here twice", mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what ``_Loader`` reads: quotes exactly the texts that would not come back as text."""
-
-
-_SCALARS = {
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "int": (r"[-+]?[0-9]+", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-}
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {}
-    for _name, (_pattern, _first) in _SCALARS.items():
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
-# 1.1 reads 010 as eight
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    return dump(dict(value))
 
 
 def _copy(value: Any) -> Any:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apps.speech.decode.confidence import Calibration
+from apps.speech.decode.ctc import FRAME_SECONDS
 from apps.speech.decode.endpoint import RULES, Rule
+from apps.speech.decode.words import Word
 from apps.speech.device.decoding import Decoder, Decoding
 from apps.speech.device.endpointing import Segment, Segmenter
 from apps.speech.device.folder import INPUTS, TOKENS, ExportedFolder
@@ -152,6 +154,8 @@ class Stream:
         # what a new segment's model is to hear again
         self._recent: deque[np.ndarray] = deque(maxlen=again)
         self._final: list[Segment] = []
+        # seconds at which the last word that was handed out ends
+        self._said = 0.0
         self._samples = 0
         self._ended = False
 
@@ -233,8 +237,10 @@ class Stream:
         self._pass_over()
         if self._ended and not self._windows:
             self._final += self._segmenter.finish()
-        final, self._final = self._final, []
-        return Update(tuple(self._within(segment) for segment in final), self._segmenter.partial())
+        # what ends behind the audio waits for what follows it there, since all of it has to find room before
+        waits = [segment for segment in self._final if self._ended and self._windows and segment.end >= self.seconds]
+        final, self._final = self._final[: len(self._final) - len(waits)], waits
+        return Update(self._within(final), self._segmenter.partial())
 
     def _run(self) -> Update:
         while self._recognizer.step_many([self]):
@@ -278,14 +284,27 @@ class Stream:
             self._recent.clear()
             self.state = network.start()
 
-    def _within(self, segment: Segment) -> Segment:
-        """Return a segment whose times end with the audio: the last symbols may come in the silence behind it."""
-        if segment.end <= self.seconds or not self._ended:
-            return segment
-        limit = round(self.seconds, 3)
-        return Segment.of(
-            [{**word, "start": min(word["start"], limit), "end": min(word["end"], limit)} for word in segment.words]
-        )
+    def _within(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+        """Return segments whose words end with the audio: the last symbols may come in the silence behind it.
+
+        A word keeps a frame, or its share of the audio that is left where that is less.
+        """
+        before = self._said
+        self._said = segments[-1].end if segments else before
+        if not self._ended or self._said <= self.seconds:
+            return tuple(segments)
+        # in ms as all times; of less audio than that, which is a whole number of 62.5 us, to 7 places
+        self._said = latest = self._samples * 1000 // SAMPLE_RATE / 1000 or self.seconds
+        least = min(FRAME_SECONDS, (latest - before) / sum(len(segment.words) for segment in segments))
+        found: list[Segment] = []
+        for segment in reversed(segments):
+            words: list[Word] = []
+            for word in reversed(segment.words):
+                end = min(word["end"], latest)
+                latest = round(max(before, min(word["start"], end - least)), 7)
+                words.append({**word, "start": latest, "end": end})
+            found.append(Segment.of(words[::-1]))
+        return tuple(found[::-1])
 
 
 class Network:

@@ -7,6 +7,7 @@
 //   ./listen exported exported/self_test.wav
 // -D is for the libraries of the Python package, which have the strings of old compilers; leave it out with others.
 #include <cstdint>
+#include <filesystem>
 #include <iostream>
 #include <string>
 #include <vector>
@@ -21,7 +22,9 @@ int main(int argc, char *argv[]) {
   }
   const std::string folder = argv[1];
   OnlineRecognizerConfig config;
-  config.model_config.nemo_ctc.model = folder + "/model.int8.onnx";
+  // an export may hold one of both alone
+  const std::string int8 = folder + "/model.int8.onnx";
+  config.model_config.nemo_ctc.model = std::filesystem::exists(int8) ? int8 : folder + "/model.onnx";
   config.model_config.tokens = folder + "/tokens.txt";
   config.model_config.num_threads = 1;
   OnlineRecognizer recognizer = OnlineRecognizer::Create(config);

@@ -15,8 +15,10 @@ if len(sys.argv) != 3:
     sys.exit(__doc__)
 folder = Path(sys.argv[1])
 about = json.loads((folder / "kdsuite.json").read_text(encoding="utf-8"))
+# an export may hold one of both alone
+model = next(path for name in ("model.int8.onnx", "model.onnx") if (path := folder / name).exists())
 recognizer = sherpa_onnx.OnlineRecognizer.from_nemo_ctc(
-    tokens=str(folder / "tokens.txt"), model=str(folder / "model.int8.onnx"), num_threads=1
+    tokens=str(folder / "tokens.txt"), model=str(model), num_threads=1
 )
 samples, rate = soundfile.read(sys.argv[2], dtype="float32", always_2d=True)
 # sherpa-onnx decodes a window when it has a little more than that: without silence behind it, the last words are lost

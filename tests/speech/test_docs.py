@@ -303,8 +303,14 @@ def test_curl_answers_in_both_forms(served: Served, folder: Path, tmp_path: Path
     assert "422" in ran([*script, "no.wav", served.url], tmp_path, code=22)
 
 
-def test_sherpa_onnx_hears_the_same(folder: Path) -> None:
-    assert example("sherpa_onnx_client.py", str(folder), str(folder / "self_test.wav")).strip() == SAID
+def float32_alone(folder: Path, where: Path) -> Path:
+    """Return a copy of an exported folder as ``kd speech export --only fp32`` leaves it to sherpa-onnx."""
+    return Path(shutil.copytree(folder, where / "fp32", ignore=shutil.ignore_patterns("model.int8.onnx")))
+
+
+def test_sherpa_onnx_hears_the_same(folder: Path, tmp_path: Path) -> None:
+    for each in (folder, float32_alone(folder, tmp_path)):
+        assert example("sherpa_onnx_client.py", str(each), str(folder / "self_test.wav")).strip() == SAID
     assert "sherpa_onnx_client.py FOLDER FILE" in example("sherpa_onnx_client.py", code=1)
 
 
@@ -317,6 +323,8 @@ def test_the_commands_in_its_head_build_the_program_in_cpp(folder: Path, tmp_pat
     shutil.copy(EXAMPLES / "sherpa_onnx.cc", tmp_path)
     (tmp_path / "exported").symlink_to(folder)
     assert ran(["bash", "-euc", commands.replace("g++", "g++ -Wall -Wextra -Werror")], tmp_path).strip() == SAID
+    float32_alone(folder, tmp_path)
+    assert ran(["./listen", "fp32", "fp32/self_test.wav"], tmp_path).strip() == SAID
 
 
 def test_the_unit_is_one_and_gives_the_service_time_to_drain(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,51 @@ def test_the_last_word_is_heard_although_the_audio_ends_with_it(recognizer: Reco
     assert segment.end <= len(samples) / 16_000
 
 
+def check_times(found: list[Segment], seconds: float) -> None:
+    """Every word takes time, none before the one in front of it ends, and none behind the audio."""
+    before = 0.0
+    for word in (word for segment in found for word in segment.words):
+        assert before <= word["start"] < word["end"] <= seconds
+        before = word["end"]
+    for segment in found:
+        assert (segment.start, segment.end) == (segment.words[0]["start"], segment.words[-1]["end"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=st.integers(0, 40_000), edges=st.lists(st.integers(0, 40_000), max_size=3))
+def test_audio_cut_within_a_word_gives_it_time(recognizer: Recognizer, cut: int, edges: list[int]) -> None:
+    samples = spoken("yes no day", before=0.0, rest=0.04)[:cut]
+    check_times(segments(recognizer, samples, [min(edge, len(samples)) for edge in edges]), len(samples) / 16_000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 60) | st.integers(1, 30_000),
+    heard=st.lists(st.sampled_from([0, 1, len(SYMBOLS)]), min_size=4, max_size=60),
+    pause=st.sampled_from([0.08, 0.4]),
+    together=st.booleans(),
+)
+def test_words_that_come_behind_the_audio_share_what_is_left_of_it(
+    folder: Path, count: int, heard: list[int], pause: float, together: bool
+) -> None:
+    # a network that says so much in each frame, whatever it hears, also in the silence at the end
+    frames = np.full((1000, len(SYMBOLS) + 1), -12.0, np.float32)
+    frames[np.arange(1000), np.resize(heard, 1000)] = -1e-4
+    rules = (Rule(True, pause, 0.0), Rule(False, 0.0, 0.8))
+    stream = Recognizer(folder, endpoint=rules).stream()
+    stream.queue(silence(count / 16_000))
+    found, place = [], 0
+    for step in (lambda: None, stream.end):
+        step()
+        while stream.ready:
+            stream.next_window()
+            stream.hear(frames[place : place + CHUNK], stream.state)
+            place += CHUNK
+            found += [] if together else stream.take().final
+        found += stream.take().final
+    check_times(found, count / 16_000)
+
+
 def test_partials_grow_and_finals_stay(recognizer: Recognizer) -> None:
     samples = np.concatenate([spoken("yes no"), silence(1.5), spoken("day")])
     stream = recognizer.stream()
@@ -198,11 +244,26 @@ def test_hot_words_grammar_and_language_model(folder: Path, tmp_path: Path) -> N
         ({"grammar": ("zoo",)}, "'zoo' cannot be spelled"),
         ({"lm": Path("no.arpa")}, "no.arpa"),
         ({"beam": 0}, "beam: got 0"),
+        ({"grammar": ("yes",), "word_score": 1000.0}, "word_score: got 1000, wanted -50 to 50"),
+        ({"lm": Path("no.arpa"), "lm_weight": -51.0}, "lm_weight: got -51, wanted -50 to 50"),
     ],
 )
 def test_bad_settings(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Recognizer(folder, decoding=Decoding(**options))  # type: ignore[arg-type]
+
+
+def test_the_strongest_settings_are_numbers(folder: Path, tmp_path: Path) -> None:
+    arpa = tmp_path / "lm.arpa"
+    write_arpa(arpa, ["yes no", "no day", "day"], 2)
+    text_of = arpa.read_text(encoding="utf-8")
+    # as SRILM writes a word that is never said but in its place
+    arpa.write_text(re.sub(r"^-[\d.]+\tno\t", "-99\tno\t", text_of, flags=re.MULTILINE), encoding="utf-8")
+    phrases = [" ".join(("no", *["yes"] * more)) for more in range(20)][::-1]
+    decoding = Decoding(lm=arpa, lm_weight=50.0, word_score=50.0, hot_words=dict.fromkeys(phrases, 50.0))
+    assert text(Recognizer(folder, decoding=decoding), spoken("yes no day"))
+    nested = {" ".join(["yes"] * more): 50.0 for more in range(1, 20)}
+    assert text(Recognizer(folder, decoding=Decoding(hot_words=nested)), spoken("yes yes " * 8)).startswith("yes yes")
 
 
 def test_nobody_pauses_and_still_no_word_is_cut_lost_or_said_twice(folder: Path) -> None:
@@ -295,6 +356,20 @@ def test_a_folder_that_does_not_fit_its_model(folder: Path, tmp_path: Path) -> N
 
 def test_a_stream_is_made_by_its_recogniser(recognizer: Recognizer) -> None:
     assert isinstance(recognizer.stream(), Stream)
+
+
+def test_three_packages_are_all_that_it_needs(folder: Path) -> None:
+    # sys.modules has None for what is not installed
+    absent = ("yaml", "soundfile", "soxr", "torch", "flashlight", "scipy", "rich", "jsonargparse", "sounddevice")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); "
+        "import numpy as np; from apps.speech.runtime import Recognizer; "
+        f"samples = np.frombuffer(open({str(folder / 'self_test.wav')!r}, 'rb').read()[44:], '<i2'); "
+        f"updates = Recognizer({str(folder)!r}).transcribe([(samples / 32768).astype(np.float32)]); "
+        "print(*(segment.text for update in updates for segment in update.final))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "yes no\n"
 
 
 def test_no_torch(folder: Path) -> None:

@@ -19,6 +19,8 @@ from apps.speech.decode.ctc import Hypothesis, check_log_probs
 FLOOR = 1e-30
 # every so many frames what all prefixes agree on is settled; 2 s
 SETTLE_EVERY = 50
+# of a score that one symbol adds, natural log: more than any posterior takes away, and its exponential is a number
+MOST_GAIN = 600.0
 
 
 class Scorer(Protocol):
@@ -274,7 +276,8 @@ class PrefixSearch:
         step = self._scorer.advance(node.state, symbol)
         if step is None:
             return None
-        child = _Prefix(symbol, node, step[0], math.exp(step[1]), self._scorer.allowed(step[0]))
+        factor = math.exp(min(step[1], MOST_GAIN))
+        child = _Prefix(symbol, node, step[0], factor, self._scorer.allowed(step[0]))
         if self._recombine:
             child.key = (symbol, self._scorer.key(child.state))
         return child

@@ -18,13 +18,15 @@ from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import GreedyStream
 from apps.speech.decode.hotwords import Hotwords
 from apps.speech.decode.lexicon import WordDecoder, WordStream
-from apps.speech.decode.lm import LanguageModel, check_arpa
+from apps.speech.decode.lm import LINE_LIMIT, LanguageModel, check_arpa
 from apps.speech.decode.words import Word, timed_words
 from apps.speech.device.spelling import Symbols, normalised
 from kdcore.config import UserError
 
 # where hot words, a grammar or a language model are asked for and no beam
 BEAM = 16
+# of the weight of a language model and of the score of a word, either way; -1 to 4 are usual
+MOST = 50.0
 _MARKERS = ("<s>", "</s>", "<unk>")
 
 
@@ -37,11 +39,11 @@ class Decoding:
         hot_words: phrase -> boost, natural log (``decode.hotwords``).
         grammar: the only words there are, in any sequence.
         lm: an ARPA file; its words, or those of ``grammar``, are the only ones there are.
-        lm_weight, word_score: as in ``decode.lexicon.WordDecoder``.
+        lm_weight, word_score: as in ``decode.lexicon.WordDecoder``, -50 to 50.
     Texts are normalised (``apps.speech.text``) as those of training.
 
     Raises:
-        UserError: a beam below 1.
+        UserError: a beam below 1, a weight or score out of range.
     """
 
     beam: int = 1
@@ -54,6 +56,9 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.beam < 1:
             raise UserError(f"beam: got {self.beam}, wanted 1 or more")
+        for name, value in (("lm_weight", self.lm_weight), ("word_score", self.word_score)):
+            if not abs(value) <= MOST:  # NaN too
+                raise UserError(f"{name}: got {value:g}, wanted {-MOST:g} to {MOST:g}")
 
     @property
     def greedy(self) -> bool:
@@ -92,6 +97,9 @@ class Decoder:
         self._symbols, self._decoding, self._calibration = symbols, decoding, calibration
         self.left_out: tuple[str, ...] = ()
         self._hotwords: Hotwords | None = None
+        for text in decoding.hot_words:
+            if not normalised(text):
+                raise UserError(f"hot words: got {text!r}, wanted a phrase of one or more words")
         if decoding.hot_words:
             self._hotwords = Hotwords(symbols, {normalised(text): boost for text, boost in decoding.hot_words.items()})
         self._words = self._word_decoder() if decoding.grammar or decoding.lm else None
@@ -195,14 +203,14 @@ def read_vocabulary(path: Path) -> list[str]:
     Only the 1-grams are read, and not checked: ``LanguageModel`` does that.
 
     Raises:
-        UserError: a file that cannot be read or is no UTF-8 text.
+        UserError: a file that cannot be read, or as in ``check_arpa`` if it is no UTF-8 text.
     """
     words: dict[str, None] = {}
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, "rb") as handle:
             inside = False
-            for line in handle:
-                text = line.strip()
+            while line := handle.readline(LINE_LIMIT):
+                text = line.decode("utf-8").strip()
                 if text == "\\1-grams:":
                     inside = True
                 elif inside and text.startswith("\\") and len(text.split()) == 1:
@@ -212,15 +220,17 @@ def read_vocabulary(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
+        check_arpa(path)  # names the line, or says what else it is: compressed, a binary
         raise UserError(f"{path}: not UTF-8 text, wanted an ARPA file") from None
     return [word for word in words if word not in _MARKERS]
 
 
-def read_grammar(path: Path) -> tuple[str, ...]:
+def read_grammar(path: Path, symbols: Symbols) -> tuple[str, ...]:
     """Return the words of a file, one or more a line; ``#`` begins a comment.
 
     Raises:
-        UserError: a file that cannot be read, is no UTF-8 text or holds no word.
+        UserError: a file that cannot be read, is no UTF-8 text or holds no word, or with its line a word that the
+            symbols cannot spell.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -228,7 +238,14 @@ def read_grammar(path: Path) -> tuple[str, ...]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; wanted words, one a line") from None
-    words = tuple(dict.fromkeys(word for line in lines for word in normalised(line.partition("#")[0]).split()))
+    words: dict[str, None] = {}
+    for number, line in enumerate(lines, start=1):
+        for word in normalised(line.partition("#")[0]).split():
+            try:
+                symbols.encode(word)
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: {word!r} cannot be spelled: {error}") from None
+            words[word] = None
     if not words:
         raise UserError(f"{path}: holds no word; wanted words, one a line")
-    return words
+    return tuple(words)

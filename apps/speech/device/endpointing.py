@@ -56,6 +56,7 @@ class Segmenter:
         search: makes the search of a segment.
         rules: as in ``decode.endpoint``. A rule without silence says how long a segment may be where nobody pauses.
         delay_ms: how long after a word the model emits it; the times of words are earlier by that, and not below 0.
+            Words that would begin before 0 take a frame each from there on.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Segmenter:
         lengths = [rule.length for rule in rules or () if rule.silence == 0]
         self._longest = math.ceil(round(min(lengths) / FRAME_SECONDS, 6)) if lengths else None
         self._frames = 0
+        # seconds at which the last word ends
+        self._said = 0.0
         self.paused = False
         self._begin(0)
 
@@ -162,17 +165,18 @@ class Segmenter:
         return [segment]
 
     def _timed(self, words: Sequence[Word]) -> list[Word]:
-        """Return words with the times of the audio instead of the segment's, in ms, and confidences to four places."""
+        """Return words with the times of the audio instead of the segment's, in ms, and confidences to four places.
+
+        Each begins where the one before it ends, or later, and has a frame at least.
+        """
         shift = self._first * FRAME_SECONDS - self._delay
-        return [
-            {
-                "word": word["word"],
-                "start": round(max(0.0, word["start"] + shift), 3),
-                "end": round(max(0.0, word["end"] + shift), 3),
-                "confidence": round(word["confidence"], 4),
-            }
-            for word in words
-        ]
+        timed: list[Word] = []
+        for word in words:
+            start = round(max(self._said, word["start"] + shift), 3)
+            self._said = round(max(start + FRAME_SECONDS, word["end"] + shift), 3)
+            confidence = round(word["confidence"], 4)
+            timed.append({"word": word["word"], "start": start, "end": self._said, "confidence": confidence})
+        return timed
 
 
 def _widest_gap(words: Sequence[Word], length: int) -> tuple[int, int]:

@@ -23,6 +23,8 @@ ABOUT, TOKENS, CARD, CLIP = "kdsuite.json", "tokens.txt", "README.md", "self_tes
 MODEL, INT8_MODEL = "model.onnx", "model.int8.onnx"
 MODELS = (MODEL, INT8_MODEL)
 BLANK = "<blk>"
+# of a feature frame
+_FEATURE_MS = 10
 # of a step, in this order (SPEECH_EXPORT.md); the blank is the last class of ``logprobs`` [N, T', C]
 INPUTS = ("audio_signal", "length", "cache_last_channel", "cache_last_time", "cache_last_channel_len")
 OUTPUTS = ("logprobs", "encoded_lengths", *(f"{name}_next" for name in INPUTS[2:]))
@@ -30,6 +32,8 @@ OUTPUTS = ("logprobs", "encoded_lengths", *(f"{name}_next" for name in INPUTS[2:
 # no description or list of symbols comes near these
 _LARGEST_ABOUT, _LARGEST_TOKENS = 1 << 20, 1 << 24
 _LARGEST_NUMBER = 1e9
+# how long a streaming model may be behind a word, in ms
+_LONGEST_DELAY = 2000
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 _HEX = frozenset("0123456789abcdef")
 
@@ -173,7 +177,7 @@ def _read_about(root: Path) -> dict[str, Any]:
 def _check_together(file: Path, found: Mapping[str, Any]) -> None:
     """Raise UserError for fields that do not go together."""
     files, factor, test = found["files"], found["subsampling_factor"], found["self_test"]
-    for name in (TOKENS, *([] if set(files) & set(MODELS) else MODELS[:1])):
+    for name in (TOKENS, *([] if set(files) & set(MODELS) else MODELS[:1]), CARD):
         if name not in files:
             raise UserError(f"{file}: files: {name} is not among them")
     if found["chunk_shift"] % factor or found["window_size"] < found["chunk_shift"]:
@@ -181,8 +185,19 @@ def _check_together(file: Path, found: Mapping[str, Any]) -> None:
         raise UserError(
             f"{file}: window_size, chunk_shift: got {got}, wanted multiples of {factor}, the first not less"
         )
+    if found["chunk_ms"] != _FEATURE_MS * found["chunk_shift"]:
+        wanted = f"{_FEATURE_MS * found['chunk_shift']}, as chunk_shift has it"
+        raise UserError(f"{file}: chunk_ms: got {found['chunk_ms']}, wanted {wanted}")
+    # what comes in one window with a frame but behind it, in whole frames of log-posteriors
+    step, most = _FEATURE_MS * factor, _FEATURE_MS * (found["window_size"] - factor)
+    if found["look_ahead_ms"] % step or found["look_ahead_ms"] > most:
+        wanted = f"a multiple of {step} up to {most}, the rest of a window"
+        raise UserError(f"{file}: look_ahead_ms: got {found['look_ahead_ms']}, wanted {wanted}")
     if test["audio"] not in files or set(test["text"]) - set(files):
         raise UserError(f"{file}: self_test: names files that are not among 'files'")
+    for name in MODELS:
+        if name in files and name not in test["text"]:
+            raise UserError(f"{file}: self_test: has no text of {name}; wanted one of every model")
 
 
 def _check_file(root: Path, name: str, listed: Listed) -> None:
@@ -275,7 +290,9 @@ def _number(value: Any) -> bool:
 def _confidence(value: Any) -> bool:
     if value is None:
         return True
-    return isinstance(value, dict) and set(value) == {"slope", "offset"} and all(map(_number, value.values()))
+    if not isinstance(value, dict) or set(value) != {"slope", "offset"} or not all(map(_number, value.values())):
+        return False
+    return bool(value["slope"] > 0)  # or words that are surer would be less so
 
 
 def _self_test(value: Any) -> bool:
@@ -310,8 +327,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "subsampling_factor": ("4", lambda value: value == 4 and _number(value)),
     "chunk_ms": ("milliseconds", _count(1, 1 << 20)),
     "look_ahead_ms": ("milliseconds", _count(0, 1 << 20)),
-    "delay_ms": ("milliseconds", _count(0, 1 << 20)),
-    "confidence": ("slope and offset, or null", _confidence),
+    "delay_ms": (f"milliseconds, at most {_LONGEST_DELAY}", _count(0, _LONGEST_DELAY)),
+    "confidence": ("slope above 0 and offset, or null", _confidence),
     "decode": ("settings", lambda value: isinstance(value, dict)),
     "self_test": ("a file and the text of each model", _self_test),
     "files": ("names of files in this folder with bytes and sha256", _files),

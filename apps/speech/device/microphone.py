@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,22 +27,24 @@ def microphone(
     """Yield what a microphone hears, float32 [n] at 16 kHz, without end.
 
     Options: ``device`` is a number or a part of the name, the system's default if None; ``silent_seconds`` without a
-    block end the iteration. A microphone without 16 kHz is heard at its own rate and resampled.
+    block end the iteration. A microphone without 16 kHz is heard at its own rate and resampled. Where the driver lost
+    audio before it came here, a line on stderr says so, one for blocks in a row.
 
     Raises:
-        UserError: sounddevice or PortAudio is missing, no such microphone, or it disappears; what was heard before has
-            been yielded by then.
+        UserError: sounddevice or PortAudio is missing, no such microphone, it disappears, or blocks are asked for more
+            slowly than they come; what was heard before has been yielded by then.
     """
     sounddevice = _sounddevice()
-    heard: queue.Queue[np.ndarray | None] = queue.Queue(_WAITING)
+    # blocks, and whether the driver lost audio before each
+    heard: queue.Queue[tuple[np.ndarray, bool] | None] = queue.Queue(_WAITING)
     lost = 0
 
     def take(samples: np.ndarray, frames: int, time: Any, status: Any) -> None:
         nonlocal lost
-        try:
-            heard.put_nowait(np.array(samples[:, 0], np.float32))
-        except queue.Full:
+        if lost or heard.full():  # nothing behind a gap is heard: words across it were never said
             lost += 1
+        else:
+            heard.put_nowait((np.array(samples[:, 0], np.float32), bool(status and status.input_overflow)))
 
     def stopped() -> None:
         try:
@@ -50,18 +53,22 @@ def microphone(
             return
 
     stream, rate = _opened(sounddevice, device, block_seconds, callback=take, finished_callback=stopped)
-    resampler = Resampler(rate)
+    resampler, count, before = Resampler(rate), 0, False
     try:
         with stream:
             while True:
                 try:
-                    block = heard.get(timeout=silent_seconds)
+                    taken = heard.get(timeout=0.0 if lost else silent_seconds)
                 except queue.Empty:
-                    block = None
-                if block is None:
-                    raise UserError(f"microphone {_named(device)}: has gone; what was heard until then is kept")
-                if lost:
+                    taken = None
+                if taken is None and lost:
                     raise UserError(f"microphone {_named(device)}: {lost} blocks were lost: the recogniser is too slow")
+                if taken is None:
+                    raise UserError(f"microphone {_named(device)}: has gone; what was heard until then is kept")
+                block, overflowed = taken
+                if overflowed and not before:
+                    print(f"kd: microphone: audio was lost at {count / rate:.1f} s", file=sys.stderr)
+                before, count = overflowed, count + len(block)
                 yield np.clip(resampler.accept(block), -1.0, 1.0) if rate != SAMPLE_RATE else block
     except sounddevice.PortAudioError as error:
         raise UserError(f"microphone {_named(device)}: {_reason(error)}; what was heard until then is kept") from None

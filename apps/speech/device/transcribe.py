@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ import numpy as np
 
 from apps.speech.audio import audio_info, blocks
 from apps.speech.decode.words import Word
-from apps.speech.device.live import json_line
 from apps.speech.device.pcm import Pcm
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
@@ -243,96 +241,6 @@ def _item(row: Row, utterance: Utterance, folder: Path) -> Item | UserError:
     )
 
 
-class Output:
-    """JSON lines in a file that an interrupted batch goes on with: what is there is kept, what is torn is cut off.
-
-    Beside it, ``NAME.settings.json`` says what it was made with.
-
-    Raises:
-        UserError: the file is no such output (it names the line), or was made with another model or settings.
-    """
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path = path
-        self._done: Counter[Key] = Counter()
-        if path.is_dir():
-            raise UserError(f"--out: {path} is a folder, wanted a file such as {path / 'transcripts.jsonl'}")
-        keep = self._read() if path.exists() else 0
-        check_settings(path, about, begun=keep > 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = open(path, "ab")  # noqa: SIM115
-        self._handle.truncate(keep)
-
-    def _read(self) -> int:
-        """Note what is done; return the bytes of whole lines."""
-        keep = 0
-        with open(self.path, "rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                if not line.endswith(b"\n"):
-                    if number == 1 and not line.startswith(b'{"audio_filepath"'[: len(line)]):
-                        raise UserError(f"{self.path}: line 1: is no row of kd speech transcribe; choose another --out")
-                    break
-                try:
-                    row = json.loads(line)
-                    about = (row.get("offset"), row.get("asked_duration"), row.get("channel", "mix"), row.get("id"))
-                    self._done[row["audio_filepath"], *about] += 1
-                    row["text"], row["words"]
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                    raise UserError(
-                        f"{self.path}: line {number}: is no row of kd speech transcribe; choose another --out"
-                    ) from None
-                keep += len(line)
-        return keep
-
-    def missing(self, items: Iterable[Item]) -> list[Item]:
-        """Return the pieces that were not there when it was opened; one that is wanted twice is there once at most."""
-        left = self._done.copy()
-        found = []
-        for item in items:
-            if left[item.key] > 0:
-                left[item.key] -= 1
-            else:
-                found.append(item)
-        return found
-
-    def write(self, transcript: Transcript) -> None:
-        """Append a row; a reader sees it at once."""
-        self._handle.write(json_line(transcript.row()).encode())
-        self._handle.flush()
-
-    def close(self) -> None:
-        """Write what is left to the disk."""
-        os.fsync(self._handle.fileno())
-        self._handle.close()
-
-
-def check_settings(out: Path, about: dict[str, Any], *, begun: bool) -> None:
-    """Write the settings of an output beside it, or compare them with those of the begun one.
-
-    Raises:
-        UserError: it was made with others; the message names them.
-    """
-    from kdcore.run import read_json, write_json
-
-    whole = Path(os.path.abspath(out))  # "." has no name of its own
-    if not whole.name:
-        raise UserError(f"--out: {out} cannot hold an output; wanted a file or folder below it")
-    path = whole.with_name(f"{whole.name}.settings.json")
-    about = json.loads(json.dumps(about))
-    if not begun:
-        write_json(path, about)
-        return
-    try:
-        before = read_json(path)
-    except (OSError, ValueError):
-        before = None
-    if not isinstance(before, dict):
-        raise UserError(f"{path}: is missing or damaged, so it is not known what {out} was made with; choose another")
-    other = [name for name, value in about.items() if before.get(name) != value]
-    if other:
-        raise UserError(f"{out}: was made with another {', '.join(other)}; choose another --out or remove it")
-
-
 def pcm_blocks(
     stream: BinaryIO, *, rate: int = SAMPLE_RATE, channels: int = 1, name: str = "standard input"
 ) -> Iterator[np.ndarray]:
@@ -352,21 +260,3 @@ def pcm_blocks(
         yield samples
     if pcm.torn:
         raise UserError(f"{name}: ends within a sample ({pcm.torn}); wanted 16-bit samples of {channels} channels")
-
-
-def subtitle_paths(items: Iterable[Item], folder: Path, suffix: str) -> dict[Item, Path]:
-    """Return where each piece's subtitles go.
-
-    Raises:
-        UserError: two pieces have the same name, or a file is in the folder's place.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out: {folder} is a file; wanted a folder for the {suffix} of several files")
-    found: dict[Path, Item] = {}
-    for item in items:
-        name = Path(item.audio).stem if item.offset is None else f"{Path(item.audio).stem}@{item.offset:g}"
-        path = folder / f"{name}{suffix}"
-        if path in found:
-            raise UserError(f"{item.audio} and {found[path].audio}: both would be written to {path}")
-        found[path] = item
-    return {item: path for path, item in found.items()}

@@ -143,24 +143,20 @@ def setup_of(args: argparse.Namespace) -> Setup:
     """Return what the options ``--model`` and those of ``add_decoding`` ask for."""
     from apps.speech.device.decoding import Decoding, read_grammar
     from apps.speech.device.folder import ExportedFolder
+    from apps.speech.device.spelling import Symbols
     from apps.speech.device.transcribe import Setup
     from apps.speech.device.vad import GateOptions
 
-    for name, wanted, given in (
-        ("lm_weight", "--lm", args.lm),
-        ("word_score", "--lm or --grammar", args.lm or args.grammar),
-    ):
-        option, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if value is not None and not given:
-            raise UserError(f"{option}: wanted {wanted} with it")
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{option}: got {value}, wanted a finite number")
-    recommended = ExportedFolder.open(args.model).decode
-    known = recommended if args.lm else {}  # it was chosen with a language model
+    if args.lm_weight is not None and not args.lm:
+        raise UserError("--lm-weight: wanted --lm with it")
+    if args.word_score is not None and not (args.lm or args.grammar):
+        raise UserError("--word-score: wanted --lm or --grammar with it")
+    folder = ExportedFolder.open(args.model)
+    known = folder.decode if args.lm else {}  # it was chosen with a language model
     decoding = Decoding(
         beam=args.beam,
         hot_words=dict(_hot_word(text) for text in args.hot_word),
-        grammar=read_grammar(args.grammar) if args.grammar else (),
+        grammar=read_grammar(args.grammar, Symbols(folder.symbols)) if args.grammar else (),
         lm=args.lm,
         lm_weight=_given(args.lm_weight, known.get("lm_weight"), 1.0),
         word_score=_given(args.word_score, known.get("word_score"), 0.0),
@@ -264,7 +260,10 @@ def _live(args: argparse.Namespace, setup: Setup) -> int:
             raise UserError(f"--{name}: is for files; live audio is printed as it comes")
     if args.skip_bad or args.jobs > 1:
         raise UserError(f"--{'skip-bad' if args.skip_bad else 'jobs'}: is for files, not for live audio")
-    device = int(args.device) if args.device and args.device.isdigit() else args.device
+    if args.stdin_pcm and sys.stdin is None:
+        raise UserError("--stdin-pcm: standard input is closed; wanted raw samples there")
+    is_number = args.device is not None and args.device.isascii() and args.device.isdigit()
+    device = int(args.device) if is_number else args.device
     given = {name: value for name in ("rate", "channels") if (value := getattr(args, name)) is not None}
     source = microphone(device) if args.mic else pcm_blocks(sys.stdin.buffer, **given)
     listening = Listening(_recognizer(setup), source)
@@ -348,7 +347,7 @@ def _print(args: argparse.Namespace, transcript: Transcript) -> None:
 
 def _to_file(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> int:
     """Write JSON lines, those that are there already left out; return how many pieces are bad."""
-    from apps.speech.device.transcribe import Output
+    from apps.speech.device.outputs import Output
 
     if args.timestamps or args.paragraphs:
         raise UserError("--out: holds JSON lines (or subtitles, with --srt or --vtt), which have the times")
@@ -367,16 +366,16 @@ def _to_file(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> i
 
 def _subtitles(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> int:
     """Write a file of subtitles for each piece, those that are there already left out; return how many are bad."""
+    from apps.speech.device.outputs import check_settings, subtitle_paths, subtitles_begun
     from apps.speech.device.subtitles import cues, srt, vtt
-    from apps.speech.device.transcribe import check_settings, subtitle_paths
     from kdcore.run import write_text
 
     if not args.out:
         raise UserError(f"--{_suffix(args)[1:]}: wanted --out FOLDER with it for several files")
-    paths = subtitle_paths(items, args.out, _suffix(args))
-    waiting = [item for item in items if not paths[item].exists()]
-    check_settings(args.out, setup.about(), begun=len(waiting) < len(items))
-    bad = 0
+    paths, clashing = subtitle_paths(items, args.out, _suffix(args))
+    check_settings(args.out, setup.about(), begun=subtitles_begun(args.out, paths.values()))
+    bad = sum(_reported(each, False) > 0 for each in clashing)
+    waiting = [item for item, path in paths.items() if not path.exists()]
     for result in _results(args, setup, waiting):
         if isinstance(result, UserError):
             bad += _reported(result, False) > 0

@@ -76,7 +76,30 @@ def test_the_delay_of_the_model_is_taken_off_the_times() -> None:
         for word, earlier in zip(one.words, other.words, strict=True):
             assert earlier["start"] == pytest.approx(max(0.0, word["start"] - 0.12))
             assert earlier["end"] == pytest.approx(max(0.0, word["end"] - 0.12))
-    assert {segment.end for segment in found(none, log_probs, [])} == {0.0}
+    # a frame each, as if they were said at once
+    words = [word for segment in found(none, log_probs, []) for word in segment.words]
+    assert [(word["start"], word["end"]) for word in words] == [(0.0, 0.04), (0.04, 0.08), (0.08, 0.12)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    spoken=st.lists(st.tuples(st.sampled_from(WORDS), st.integers(1, 30)), min_size=1, max_size=12),
+    edges=st.lists(st.integers(0, 400), max_size=4),
+    delay=st.sampled_from([0, 40, 130, 480, 2000]),
+    decoding=st.sampled_from([Decoding(), Decoding(beam=4), Decoding(grammar=WORDS)]),
+)
+def test_every_word_has_a_frame_of_its_own(
+    spoken: list[tuple[str, int]], edges: list[int], delay: int, decoding: Decoding
+) -> None:
+    log_probs = frames([word for word, _ in spoken], [pause for _, pause in spoken], seed=2)
+    search = Decoder(SYMBOLS, decoding).search
+    words = [word for each in found(Segmenter(search, RULES, delay_ms=delay), log_probs, edges) for word in each.words]
+    plain = [word for each in found(Segmenter(search, RULES), log_probs, edges) for word in each.words]
+    before = 0.0
+    for word, late in zip(words, plain, strict=True):
+        assert word["start"] >= before and word["end"] >= word["start"] + FRAME_SECONDS - 1e-6
+        assert late["start"] - delay / 1000 - 1e-6 <= word["start"] <= late["start"]
+        before = word["end"]
 
 
 def test_the_best_path_is_cut_into_what_it_is() -> None:

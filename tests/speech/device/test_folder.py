@@ -139,12 +139,23 @@ def test_a_huge_description_is_not_read(folder: Path) -> None:
         ({"window_size": 1 << 40}, "window_size: got"),
         ({"window_size": 8}, "window_size, chunk_shift: got 8 and 16"),
         ({"chunk_shift": 6}, "window_size, chunk_shift: got 16 and 6"),
-        ({"confidence": {"slope": 1.0}}, "confidence: got {'slope': 1.0}, wanted slope and offset, or null"),
+        ({"chunk_ms": 1000}, "chunk_ms: got 1000, wanted 160, as chunk_shift has it"),
+        ({"look_ahead_ms": 9}, "look_ahead_ms: got 9, wanted a multiple of 40 up to 120"),
+        ({"look_ahead_ms": 160}, "look_ahead_ms: got 160"),
+        ({"delay_ms": 5000}, "delay_ms: got 5000, wanted milliseconds, at most 2000"),
+        ({"delay_ms": -1}, "delay_ms: got -1"),
+        ({"confidence": {"slope": 1.0}}, "confidence: got {'slope': 1.0}, wanted slope above 0 and offset, or null"),
+        ({"confidence": {"slope": -1, "offset": 0}}, "confidence: got {'slope': -1, 'offset': 0}"),
+        ({"confidence": {"slope": 0.0, "offset": 0}}, "confidence: got"),
         ({"confidence": {"slope": 1.0, "offset": "0"}}, "confidence: got"),
         ({"confidence": {"slope": 10**400, "offset": 0}}, "confidence: got"),
         ({"decode": []}, "decode: got \\[\\]"),
         ({"self_test": {"audio": "other.wav", "text": {"model.onnx": "a"}}}, "self_test: names files that are not"),
         ({"self_test": {"audio": "self_test.wav", "text": {}}}, "self_test: got"),
+        (
+            {"self_test": {"audio": "self_test.wav", "text": {"model.onnx": "yes no"}}},
+            r"self_test: has no text of model\.int8\.onnx",
+        ),
         ({"files": {}}, "files: got {}"),
         ({"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}}, "files: got"),
         ({"files": {"a/b": {"bytes": 1, "sha256": "0" * 64}}}, "files: got"),
@@ -193,6 +204,19 @@ def test_bad_tokens_are_named_by_line(text: str, message: str, folder: Path) -> 
     change(folder, files={**files, "tokens.txt": {"bytes": len(data), "sha256": "0" * 64}})
     with pytest.raises(UserError, match=rf"tokens\.txt: {message}"):
         ExportedFolder.open(folder)
+
+
+def test_a_card_that_was_taken_off_the_list(folder: Path) -> None:
+    files = json.loads((folder / "kdsuite.json").read_text(encoding="utf-8"))["files"]
+    change(folder, files={name: each for name, each in files.items() if name != "README.md"})
+    (folder / "README.md").unlink()
+    with pytest.raises(UserError, match=r"kdsuite\.json: files: README\.md is not among them"):
+        ExportedFolder.open(folder)
+
+
+def test_the_rest_of_a_chunk_is_a_look_ahead(folder: Path) -> None:
+    change(folder, look_ahead_ms=120, delay_ms=2000)
+    assert ExportedFolder.open(folder).look_ahead_ms == 120
 
 
 def test_a_model_that_was_left_out(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,23 @@ def test_tokens_of_another_model(folder: Path) -> None:
 
 
 def test_a_window_of_another_model(folder: Path) -> None:
-    relist(folder, window_size=32, chunk_shift=32)
+    relist(folder, window_size=32, chunk_shift=32, chunk_ms=320)
     assert "metadata window_size: got '16', wanted '32'" in bad(folder)[0][2]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
+def test_another_number_of_weights(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    relist(folder, parameters=1_000_000)
+    held = sum(math.prod(each.dims) for each in onnx.load(folder / name).graph.initializer)
+    message = f"{name}: holds {held:,} numbers; kdsuite.json says parameters: 1,000,000"
+    assert [detail for file, check, detail in bad(folder) if (file, check) == (name, "interface")] == [
+        f"{folder}/{message}"
+    ]
+    monkeypatch.setattr("apps.speech.device.folder_check._MOST_BESIDE", 40)
+    relist(folder, parameters=3)
+    assert {check for _, check, _ in bad(folder)} == {"interface"}
+    relist(folder, parameters=720)
+    assert not bad(folder)
 
 
 def tampered(folder: Path, name: str, value: np.ndarray) -> None:

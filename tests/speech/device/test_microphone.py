@@ -3,7 +3,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,16 @@ class Fake(ModuleType):
     PortAudioError = PortAudioError
 
     def __init__(
-        self, blocks: int, *, ends: str = "finished", refuse: str | None = None, rates: tuple[int, ...] = (16_000,)
+        self,
+        blocks: int,
+        *,
+        ends: str = "finished",
+        refuse: str | None = None,
+        rates: tuple[int, ...] = (16_000,),
+        overflows: tuple[int, ...] = (),
     ) -> None:
         super().__init__("sounddevice")
-        self.rates = rates
+        self.rates, self.overflows = rates, overflows
         self.blocks, self.ends, self.refuse = blocks, ends, refuse
         self.opened: dict[str, Any] = {}
         self.closed = False
@@ -65,7 +71,8 @@ class FakeStream:
         buffer = np.zeros((self.size, 1), np.float32)
         for number in range(self.fake.blocks):
             buffer[:] = number  # PortAudio uses its buffer again
-            self.callback(buffer, self.size, None, None)
+            status = SimpleNamespace(input_overflow=number in self.fake.overflows)
+            self.callback(buffer, self.size, None, status)
         if self.fake.ends == "finished":
             self.finished()
 
@@ -119,15 +126,33 @@ def test_a_recogniser_that_is_too_slow_is_told_so(monkeypatch: pytest.MonkeyPatc
     fake = Fake(2000, ends="silent")
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
 
+    heard = []
+
     def slowly() -> None:
         blocks = microphone(silent_seconds=0.05)
-        next(blocks)
+        heard.append(next(blocks)[0])
         fake.streams[0].thread.join()
-        for _ in blocks:
-            continue
+        heard.extend(block[0] for block in blocks)
 
-    with pytest.raises(UserError, match="blocks were lost"):
+    with pytest.raises(UserError, match=r"[0-9]+ blocks were lost: the recogniser is too slow"):
         slowly()
+    # all that waited is heard, and nothing from behind the gap
+    assert heard == list(range(len(heard))) and len(heard) >= 750
+
+
+def test_audio_that_the_driver_lost_is_told_once_a_gap(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", Fake(20, overflows=(5, 6, 7, 15)))
+    heard = []
+    with pytest.raises(UserError, match="has gone"):
+        for block in microphone():
+            heard.append(block[0])
+    assert heard == list(range(20))
+    assert capsys.readouterr().err.splitlines() == [
+        "kd: microphone: audio was lost at 0.4 s",
+        "kd: microphone: audio was lost at 1.2 s",
+    ]
 
 
 def test_a_missing_package_and_a_missing_microphone(monkeypatch: pytest.MonkeyPatch) -> None:

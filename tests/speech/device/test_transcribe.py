@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.speech.audio import resample
-from apps.speech.device.transcribe import Item, Output, pcm_blocks, transcribe
+from apps.speech.device.transcribe import Item, pcm_blocks, transcribe
 from apps.speech.device.transcribe_cli import add_transcribe, run_transcribe, setup_of
 from apps.speech.runtime import Recognizer
 from kdcore.command_line import Parser
@@ -142,15 +143,6 @@ def test_an_interrupted_batch_goes_on(folder: Path, clips: list[str], tmp_path: 
         run(folder, "--out", str(out), *clips)
 
 
-@pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"a": 1}\n', "[1]\n", '{"audio_filepath": "a"}\n'])
-def test_a_file_that_is_no_output_is_not_touched(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="line 1: is no row"):
-        Output(path, {})
-    assert path.read_text(encoding="utf-8") == content
-
-
 def test_manifest_with_parts_and_bad_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     soundfile.write(tmp_path / "talk.wav", np.concatenate([spoken("yes"), spoken("no")]), 16_000)
     middle = len(spoken("yes")) / 16_000
@@ -185,11 +177,47 @@ def test_subtitles_of_several_files(folder: Path, clips: list[str], tmp_path: Pa
     assert (out / "2.srt").exists()
     with pytest.raises(UserError, match="--out FOLDER"):
         run(folder, "--vtt", *clips)
-    with pytest.raises(UserError, match="both would be written"):
-        run(folder, "--vtt", "--out", str(out), "a/0.wav", "b/0.wav")
     one = tmp_path / "one.vtt"
     assert run(folder, "--vtt", "--out", str(one), clips[1]) == 0
     assert one.read_text(encoding="utf-8").startswith("WEBVTT")
+
+
+def test_a_folder_of_subtitles_has_one_batchs_settings(folder: Path, clips: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "cues"
+    assert run(folder, "--srt", "--out", str(out), clips[0]) == 0
+    for form, file in (("--srt", clips[1]), ("--vtt", clips[0])):
+        with pytest.raises(UserError, match="cues: was made with another int8; choose another --out or remove it"):
+            run(folder, "--fp32", form, "--out", str(out), file)
+    assert [path.name for path in out.iterdir()] == ["0.srt"]
+    assert json.loads((tmp_path / "cues.settings.json").read_text(encoding="utf-8"))["int8"] is True
+    assert run(folder, "--srt", "--out", str(out), *clips[:2]) == 0
+    # subtitles that nobody's settings are known of are not those of a batch, unless they are wanted
+    (tmp_path / "cues.settings.json").unlink()
+    with pytest.raises(UserError, match="missing or damaged"):
+        run(folder, "--srt", "--out", str(out), clips[1])
+    assert run(folder, "--fp32", "--srt", "--out", str(out), clips[2]) == 0
+    # what was removed is begun anew
+    shutil.rmtree(out)
+    assert run(folder, "--srt", "--out", str(out), clips[1]) == 0
+
+
+def test_subtitles_of_pieces_and_one_that_has_no_name_of_its_own(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [np.concatenate([spoken(word), silence(1)]) for word in ("yes", "no")]
+    soundfile.write(tmp_path / "call.wav", np.stack([np.resize(each, 20_000) for each in said], axis=1), 16_000)
+    lines: list[dict[str, Any]] = [{"audio_filepath": "call.wav", "channel": channel} for channel in (0, 1, 1)]
+    manifest, out = tmp_path / "manifest.jsonl", tmp_path / "cues"
+    manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for words, code in (([], 2), (["--skip-bad"], 0)):
+        assert run(folder, "--srt", "--out", str(out), "--manifest", str(manifest), *words) == code
+        first, last = capsys.readouterr().err.splitlines()
+        assert first.startswith("kd: error: call.wav: would be written to ") and first.endswith(
+            "call-channel1.srt, as call.wav before it"
+        )
+        assert last == "kd: 1 of 3 could not be transcribed"
+    texts = {path.name: path.read_text(encoding="utf-8").splitlines()[2] for path in out.iterdir()}
+    assert texts == {"call-channel0.srt": "yes", "call-channel1.srt": "no"}
 
 
 @settings(max_examples=40, deadline=None)
@@ -232,6 +260,24 @@ def test_live_audio_from_standard_input(
     out, err = capsys.readouterr()
     assert out == "yes no\nday\n"
     assert "ends within a sample" in err
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="--stdin-pcm: standard input is closed"):
+        run(folder, "--stdin-pcm")
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("3", 3), ("usb", "usb"), ("²", "²")])
+def test_a_device_is_a_number_or_a_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, wanted: int | str
+) -> None:
+    asked: list[int | str | None] = []
+
+    def source(device: int | str | None) -> list[np.ndarray]:
+        asked.append(device)
+        return []
+
+    monkeypatch.setattr("apps.speech.device.microphone.microphone", source)
+    assert run(folder, "--mic", "--device", device) == 0
+    assert asked == [wanted]
 
 
 def test_a_microphone_that_disappears_keeps_what_was_heard(
@@ -281,8 +327,10 @@ def test_a_microphone_that_disappears_keeps_what_was_heard(
         (["--mic", "--rate", "48000"], "--rate: wanted --stdin-pcm with it"),
         (["a.wav", "--lm-weight", "2"], "--lm-weight: wanted --lm with it"),
         (["a.wav", "--word-score", "2"], "--word-score: wanted --lm or --grammar with it"),
-        (["a.wav", "--lm", "a.arpa", "--lm-weight", "nan"], "--lm-weight: got nan"),
-        (["a.wav", "--lm", "a.arpa", "--word-score=-inf"], "--word-score: got -inf"),
+        (["a.wav", "--lm", "a.arpa", "--lm-weight", "nan"], "lm_weight: got nan, wanted -50 to 50"),
+        (["a.wav", "--lm", "a.arpa", "--word-score=-inf"], "word_score: got -inf"),
+        (["a.wav", "--lm", "a.arpa", "--word-score", "1000"], "word_score: got 1000, wanted -50 to 50"),
+        (["a.wav", "--hot-word", "!!!=4"], "hot words: got '!!!', wanted a phrase"),
         (["a.wav", "--endpoint", "1,nan,3"], "--endpoint"),
         (["a.wav", "--hot-word", "a\udcff=2"], "cannot be written as text"),
         (["--stdin-pcm", "--skip-bad"], "--skip-bad: is for files"),
@@ -301,6 +349,9 @@ def test_settings_reach_the_recogniser(
     grammar.write_text("# two words\nday\nSad\n", encoding="utf-8")
     assert run(folder, "--grammar", str(grammar), "--fp32", "--endpoint", "2,0.5,10", "--gate", *clips[1:]) == 0
     assert capsys.readouterr().out == f"{clips[1]}: day\n{clips[2]}: sad\n"
+    grammar.write_text("day\nyes zoo\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"words\.txt, line 2: 'zoo' cannot be spelled: 'z' is not among"):
+        run(folder, "--grammar", str(grammar), *clips)
     assert Recognizer(folder).transcribe([]) is not None
 
 
@@ -478,6 +529,10 @@ def test_a_text_is_no_language_model(folder: Path, clips: list[str], tmp_path: P
     notes.write_text("yes no\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"notes.txt, line 1: no \\data\\ line, wanted an ARPA text"):
         run(folder, "--lm", str(notes), *clips)
+    packed = tmp_path / "lm.arpa.gz"
+    packed.write_bytes(gzip.compress(arpa.read_bytes()))
+    with pytest.raises(UserError, match=r"lm\.arpa\.gz, line 1: a KenLM binary or a compressed file"):
+        run(folder, "--lm", str(packed), *clips)
     text = arpa.read_text(encoding="utf-8")
     for word in ("yes", "no", "day", "sad"):
         text = text.replace(f"\t{word}\t", f"\tz{word}\t").replace("yes no\n", "zyes zno\n")
