@@ -17,10 +17,12 @@ from kdcore.config import UserError
 if TYPE_CHECKING:
     from apps.speech.device.live import Form
     from apps.speech.device.transcribe import Item, Setup, Transcript
+    from apps.speech.device.vad import GateOptions
     from apps.speech.runtime import Recognizer, Rule
 
 VERB = "transcribe"
 _ENDPOINT = "2.4,1.2,20"
+_GATE = "4,1.6"
 # samples between two updates of what is shown
 _BLOCK_SECONDS = 1.0
 
@@ -96,6 +98,11 @@ def add_decoding(parser: Any) -> None:
         f"(default {_ENDPOINT})",
     )
     parser.add_argument("--gate", action="store_true", help="do not run the network where nobody speaks")
+    parser.add_argument(
+        "--gate-rule",
+        metavar="DB,SECONDS",
+        help=f"--gate, with how far speech is above the noise in a band, and the quiet behind it (default {_GATE})",
+    )
 
 
 def run_transcribe(args: argparse.Namespace) -> int:
@@ -145,7 +152,6 @@ def setup_of(args: argparse.Namespace) -> Setup:
     from apps.speech.device.folder import ExportedFolder
     from apps.speech.device.spelling import Symbols
     from apps.speech.device.transcribe import Setup
-    from apps.speech.device.vad import GateOptions
 
     if args.lm_weight is not None and not args.lm:
         raise UserError("--lm-weight: wanted --lm with it")
@@ -161,7 +167,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
         lm_weight=_given(args.lm_weight, known.get("lm_weight"), 1.0),
         word_score=_given(args.word_score, known.get("word_score"), 0.0),
     )
-    gate = GateOptions() if args.gate else None
+    gate = _gate(args.gate_rule or _GATE) if args.gate or args.gate_rule else None
     return Setup(os.fspath(args.model), not args.fp32, args.threads, decoding, _rules(args.endpoint), gate)
 
 
@@ -195,6 +201,16 @@ def _rules(text: str) -> tuple[Rule, ...]:
     except ValueError:
         raise UserError(f"--endpoint: got {text!r}, wanted three numbers of seconds such as {_ENDPOINT}") from None
     return Rule(False, nothing, 0.0), Rule(True, pause, 0.0), Rule(False, 0.0, longest)
+
+
+def _gate(text: str) -> GateOptions:
+    from apps.speech.device.vad import GateOptions
+
+    try:
+        rise, hold = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--gate-rule: got {text!r}, wanted decibels and seconds such as {_GATE}") from None
+    return GateOptions(rise=rise, hold=hold)
 
 
 def _channel(args: argparse.Namespace) -> int | str:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from apps.speech.audio import resample
 from apps.speech.device.transcribe import Item, pcm_blocks, transcribe
 from apps.speech.device.transcribe_cli import add_transcribe, run_transcribe, setup_of
+from apps.speech.device.vad import GateOptions
 from apps.speech.runtime import Recognizer
 from kdcore.command_line import Parser
 from kdcore.config import UserError
@@ -332,6 +333,8 @@ def test_a_microphone_that_disappears_keeps_what_was_heard(
         (["a.wav", "--lm", "a.arpa", "--word-score", "1000"], "word_score: got 1000, wanted -50 to 50"),
         (["a.wav", "--hot-word", "!!!=4"], "hot words: got '!!!', wanted a phrase"),
         (["a.wav", "--endpoint", "1,nan,3"], "--endpoint"),
+        (["a.wav", "--gate-rule", "4"], "--gate-rule: got '4', wanted decibels and seconds such as 4,1.6"),
+        (["a.wav", "--gate-rule", "4,-1"], "gate: hold: got -1.0, wanted 0 or more"),
         (["a.wav", "--hot-word", "a\udcff=2"], "cannot be written as text"),
         (["--stdin-pcm", "--skip-bad"], "--skip-bad: is for files"),
         (["--mic", "--jobs", "2"], "--jobs: is for files"),
@@ -353,6 +356,13 @@ def test_settings_reach_the_recogniser(
     with pytest.raises(UserError, match=r"words\.txt, line 2: 'zoo' cannot be spelled: 'z' is not among"):
         run(folder, "--grammar", str(grammar), *clips)
     assert Recognizer(folder).transcribe([]) is not None
+
+
+def test_the_gate_has_its_own_rule(folder: Path, clips: list[str]) -> None:
+    asked = ([], ["--gate"], ["--gate-rule", "6,0.5"], ["--gate", "--gate-rule", "0,0.5"])
+    gates = [setup_of(parsed(folder, "a.wav", *words)).gate for words in asked]
+    assert gates == [None, GateOptions(), GateOptions(rise=6.0, hold=0.5), GateOptions(rise=0.0, hold=0.5)]
+    assert run(folder, "--gate-rule", "6,0.5", clips[0]) == 0
 
 
 def says(path: Path, text: str = "yes no") -> str:
