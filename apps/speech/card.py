@@ -56,6 +56,8 @@ class Difference:
     high: float | None
     level: float
     seeds: int
+    # what was resampled: utterance or speaker
+    by: str
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,14 @@ def _accuracy(run: RunFacts) -> str:
         f"by bootstrap over utterances. This model is in bold.\n\n{_table(head, rows)}"
     )
     if run.differences:
-        names = ("difference", "decoded by", "points of WER", "interval", "seeds")
+        names = ("difference", "decoded by", "points of WER", "interval", "over", "seeds")
         differences = [
             [
                 f"{ROLES[each.role]} − {ROLES[each.other]}",
                 DECODINGS[each.decoding],
                 f"{100 * each.value:+.1f}",
                 _interval(each.low, each.high, sign="+"),
+                f"{each.by}s",
                 str(each.seeds),
             ]
             for each in run.differences
@@ -391,6 +394,7 @@ def _differences(pipeline: Pipeline) -> Iterable[Difference]:
                 high=row["high"],
                 level=row["level"],
                 seeds=row["n_seeds"],
+                by=row.get("by", "utterance"),
             )
 
 

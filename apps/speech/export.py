@@ -108,9 +108,10 @@ def export(
         raise UserError(
             f"{run / role}: {model.label()} hears whole utterances; wanted --model student or student_alone"
         )
+    facts = run_facts(pipeline, role, licence)
     if chunk_ms is not None:
         _set_chunk(model, chunk_ms)
-    facts = run_facts(pipeline, role, licence)
+        facts = replace(facts, delays={})  # which were measured in the chunks of training
     file = run / role / "calibration.json"
     calibration = Calibration(**read_json(file)) if file.exists() else None
     file = run / role / "delay.json"

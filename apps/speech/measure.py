@@ -347,7 +347,7 @@ def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[
                 fields = compare(by_role["student"], by_role[other], METRICS[metric == "cer"], by=by).as_dict()
                 fields["difference"] = fields.pop("value")
                 sides = {side: {"role": role, "model": labels[role]} for side, role in (("a", "student"), ("b", other))}
-                rows.append({"metric": metric, "split": "test", **sides, **fields})
+                rows.append({"metric": metric, "split": "test", "by": by, **sides, **fields})
     return rows
 
 

@@ -36,7 +36,7 @@ RUN = RunFacts(
     rates=tuple(
         rate(role, "wer", wer) for role, wer in (("teacher", 0.074), ("student_alone", 0.15), ("student", 0.11))
     ),
-    differences=(Difference("student", "student_alone", "wer", -0.04, -0.055, -0.021, 0.95, 3),),
+    differences=(Difference("student", "student_alone", "wer", -0.04, -0.055, -0.021, 0.95, 3, "speaker"),),
     delays={"p50": 120.0, "p90": 261.4},
 )
 
@@ -64,7 +64,7 @@ def test_accuracy_has_intervals_of_all_three() -> None:
     assert "| teacher | teacher-model | 829,668 | best path | 7.4 | 5.3 to 9.3 |" in text
     assert "| student alone | student\\_alone-model | 829,668 | best path | 15.0 | 12.9 to 16.9 |" in text
     assert "| **student** | student-model | 829,668 | best path | 11.0 | 8.9 to 12.9 |" in text
-    assert "| student − student alone | best path | -4.0 | -5.5 to -2.1 | 3 |" in text
+    assert "| student − student alone | best path | -4.0 | -5.5 to -2.1 | speakers | 3 |" in text
     assert "120 ms after its end (median; 90 % within 261 ms)" in text
     assert "taught by a teacher (sequence_level)" in text
     assert "Seed 1." in text and "After Takashima et al., ICASSP 2019." in text

@@ -272,7 +272,12 @@ def test_the_chunk_is_chosen_where_the_text_does_not_depend_on_it(
         about = ExportedFolder.open(out)
         frames = chunk_ms // 10
         assert (about.chunk_ms, about.window_size, about.look_ahead_ms) == (chunk_ms, frames, 0)
-        assert f"{chunk_ms} ms" in (out / "README.md").read_text()
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert f"| chunk | {chunk_ms} ms" in card and "A right word appears" not in card
+        assert (
+            len(re.findall(r"^\| student − teacher \| best path .* (?:utterances|speakers) \|", card, re.MULTILINE))
+            == 2
+        )
         assert all(found.ok for found in check_folder(out))
         heard[chunk_ms] = Listener(out / "model.onnx", frames).hear(fbank(clip))
     for other in (40, 640):

@@ -52,7 +52,8 @@ def test_every_unit_and_metric_has_its_interval(pipeline: Pipeline) -> None:
     assert set(rows[-1]["intervals"]) == {"wer", "cer"}
     assert all(set(each) == {"utterance", "speaker"} for each in rows[-1]["intervals"].values())
     found = read_json(pipeline.run.path / "comparisons.json")
-    methods = {(row["metric"], row["b"]["role"], "speakers" in row["method"]) for row in found}
+    methods = {(row["metric"], row["b"]["role"], row["by"]) for row in found}
+    assert all(f"{row['by']}s" in row["method"] for row in found)
     assert len(found) == len(methods) == 3 * 2 * 2
     assert {metric for metric, _, _ in methods} == {"wer", "cer", "wer_lm"}
     # of the teacher, the student alone and the student, on validation and on test
