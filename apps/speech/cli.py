@@ -149,14 +149,16 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
                 f"--{given[0][0]}: wanted --recipe or --config with it; without, {args.out} keeps its settings"
             )
         return Pipeline.reopen(args.out, announce)
+    config = load_config(recipe=args.recipe, file=args.config, overrides=given)
     if "simulated" in (args.data or ()) and not Path("simulated").exists():
+        from apps.speech.checks import check_config
         from data_scripts.simulate_speech import simulate
 
+        check_config(config)  # a setting that cannot work is refused before a corpus is made for it
         with processes.first_process_first():
             made = str(simulate(Path("data/simulated-speech"), progress=True))
         args.data = [made if each == "simulated" else each for each in args.data]
-        given = _settings(args, overrides)
-    config = load_config(recipe=args.recipe, file=args.config, overrides=given)
+        config = load_config(recipe=args.recipe, file=args.config, overrides=_settings(args, overrides))
     if not (config.data.path or config.data.train):
         raise UserError("wanted --data NAME or PATH, or --train and --test")
     config = replace(config, data=_from_anywhere(config.data))

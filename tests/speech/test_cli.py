@@ -63,6 +63,15 @@ def test_mistakes_end_in_one_line_and_exit_code_2(
     assert message in said[-1] and "Traceback" not in "".join(said)
 
 
+def test_settings_are_refused_before_a_corpus_is_made_for_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["speech", "run", "--recipe", "demo", "--data", "simulated", "--student.options.width", "0"]
+    assert main(words) == 2
+    assert "width" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_language_model_from_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("Yes, no!\nno yes\n\nenter five\n", encoding="utf-8")
     out = tmp_path / "lm.arpa"
