@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from apps.speech.augment import Augment
 from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER
 from apps.speech.distill import Optimization
-from apps.speech.spec_augment import SpecAugment
 from apps.speech.text import TextRules
 from kdcore.config import UserError, build, resolved
 from kdcore.recipes import Recipes
@@ -86,7 +86,7 @@ class ModelConfig:
     kind: str = "conv_rnn"
     options: dict[str, Any] = field(default_factory=dict)
     optimization: Optimization = field(default_factory=Optimization)
-    augment: SpecAugment | None = field(default_factory=SpecAugment)
+    augment: Augment | None = field(default_factory=Augment)
     trainer: TrainerConfig = field(default_factory=_trainer)
     # int8: validated, chosen and stored with the weights rounded as an int8 runtime rounds them
     quantize: Literal["none", "int8"] = "none"

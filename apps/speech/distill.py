@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from apps.speech.augment import Augment
 from apps.speech.data.batches import bucketed, padded
 from apps.speech.data.store import FeatureStore
 from apps.speech.features import SILENCE
 from apps.speech.models.base import AcousticModel, output_lengths
-from apps.speech.spec_augment import SpecAugment
 from kdcore.losses.contract import Reduction
 from kdcore.teaching import Taps, Term, set_rounding
 from kdcore.teaching.terms import Terms
@@ -116,7 +116,7 @@ class SpeechStep(TeachingStep):
         epochs: int,
         terms: Sequence[Term] = (),
         optimization: Optimization | None = None,
-        augment: SpecAugment | None = None,
+        augment: Augment | None = None,
         lessons: Lessons | None = None,
         taps: Mapping[str, str] | None = None,
         labels: float = 1.0,

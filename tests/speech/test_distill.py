@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from apps.speech.augment import Augment
 from apps.speech.data.store import FeatureStore
 from apps.speech.decode.greedy import greedy
 from apps.speech.distill import Optimization, SpeechStep, Utterances, ctc
 from apps.speech.fitting import all_log_probs
 from apps.speech.models import AcousticModel, new_model
-from apps.speech.spec_augment import SpecAugment
 from kdcore.checkpoint import load_state
 from kdcore.teaching import Term
 from kdcore.trainer import Trainer, TrainerConfig
@@ -163,7 +163,7 @@ def test_resumed_inside_an_epoch_to_the_bit(tmp_path: Path) -> None:
             utterances(30),
             lambda student: {"wer": 0.5},
             epochs=3,
-            augment=SpecAugment(),
+            augment=Augment(),
             optimization=Optimization(batch_frames=600),
         )
         made.fail_at = fail_at
