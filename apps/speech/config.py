@@ -160,8 +160,8 @@ class DecodeConfig:
     # order of the language model of the training texts; 0: greedy only
     order: int = 3
     # the weights tried on validation, for each model by itself
-    lm_weights: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
-    word_scores: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0, 2.0])
+    lm_weights: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0, 1.5])
+    word_scores: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0])
 
     def __post_init__(self) -> None:
         if self.beam < 1:
