@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apps.speech.data.formats import pattern_files, read_corpus
 from apps.speech.data.utterance import STORED, Corpus, Utterance
@@ -235,29 +236,56 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def refuse_shared(corpora: dict[str, Corpus], parts: Sequence[str]) -> None:
-    """Raise UserError if two of the parts hear the same: one file from the same second on, in the same channel.
+    """Raise UserError if two of the parts hear the same: half of a recording, or more, in one channel of one file.
 
-    Within one corpus that is so of all that have one id; across corpora an id says nothing: many number from 0.
+    Neighbours cut from a long file may overlap a little. Ids say nothing: many corpora number from 0.
     """
-    owner: dict[tuple[Any, ...], tuple[str, str]] = {}
+    recordings: defaultdict[tuple[Any, ...], list[_Piece]] = defaultdict(list)
     files: dict[Path, str] = {}
-    for part in parts:
+    for place, part in enumerate(parts):
         for each in corpora[part].utterances if part in corpora else ():
             path = corpora[part].path(each)
             if path not in files:
                 files[path] = os.path.realpath(path)
-            first, name = owner.setdefault(_heard(each, files[path]), (part, each.id))
-            if first != part:
-                other = f" (there {name})" if name != each.id else ""
-                raise UserError(
-                    f"data: utterance {each.id} is in {first}{other} and in {part}: both hear {path}; "
-                    "wanted parts that share no recording"
-                )
+            start = float(each.extra.get("offset") or 0.0)
+            recordings[_recorded(each, files[path])].append(_Piece(start, start + each.duration, place, each))
+    for pieces in recordings.values():
+        if (pair := _overlapping(pieces)) is not None:
+            one, two = sorted(pair, key=lambda piece: piece.part)
+            other = f" (there {one.utterance.id})" if one.utterance.id != two.utterance.id else ""
+            raise UserError(
+                f"data: utterance {two.utterance.id} is in {parts[one.part]}{other} and in {parts[two.part]}: "
+                f"both hear {corpora[parts[two.part]].path(two.utterance)}; wanted parts that share no recording"
+            )
 
 
-def _heard(utterance: Utterance, file: str) -> tuple[Any, ...]:
-    """Return what is one for utterances that hear the same from the same second on."""
-    extra = utterance.extra
-    channel = extra.get("channel")
+class _Piece(NamedTuple):
+    """What an utterance of a part, by its number, hears of a recording: from one second to another."""
+
+    start: float
+    end: float
+    part: int
+    utterance: Utterance
+
+
+def _recorded(utterance: Utterance, file: str) -> tuple[Any, ...]:
+    """Return what is one for utterances of the same channel of the same file."""
+    channel = utterance.extra.get("channel")
     number = channel if isinstance(channel, int) and not isinstance(channel, bool) else None  # as Corpus.load
-    return file, extra.get("offset") or 0.0, number, str(extra.get(STORED[1]))
+    return file, number, str(utterance.extra.get(STORED[1]))
+
+
+def _overlapping(pieces: Sequence[_Piece]) -> tuple[_Piece, _Piece] | None:
+    """Return two pieces of different parts of which one hears half of the other or more, None if there are none.
+
+    In the order of their starts, each is compared with what reaches furthest of every other part.
+    """
+    furthest: dict[int, _Piece] = {}
+    for piece in sorted(pieces, key=lambda piece: piece[:3]):
+        for part, before in furthest.items():
+            half = min(piece.end - piece.start, before.end - before.start) / 2
+            if part != piece.part and min(before.end, piece.end) - piece.start >= half:
+                return before, piece
+        if piece.part not in furthest or piece.end > furthest[piece.part].end:
+            furthest[piece.part] = piece
+    return None

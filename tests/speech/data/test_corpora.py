@@ -101,6 +101,10 @@ def test_parts_are_chosen_where_a_corpus_has_them(both: tuple[Path, Path]) -> No
         ({"path": "../data/long.wav", "offset": 1, "channel": 1}, "valid", "0"),
         ({"channel": 0}, None, None),
         ({"offset": 0.5}, None, None),
+        # of the second half of a piece, of a whole that holds one, and neighbours that share a little
+        ({"offset": 2.25}, "train", "1"),
+        ({"duration": 2.6}, "valid", "1"),
+        ({"offset": 2.4}, None, None),
     ],
 )
 def test_parts_share_no_recording_whatever_it_is_called(
