@@ -8,7 +8,7 @@ metric that is reported, which favours the reference and never the student.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ LOWER_IS_BETTER = frozenset(
     {"bce", "brier", "cer", "cross_entropy", "ece", "eer", "error", "fdr", "fpr", "kl", "log_loss", "logloss", "loss"}
     | {"mae", "mape", "mse", "nll", "perplexity", "rmse", "rtf", "ser", "wer"}
 )
+# of the intervals that a row has of its own metrics
+OWN_LEVEL = 0.95
 VALIDATION_SPLITS = ("valid", "validation", "val", "dev")
 # Two models count as of one size up to this ratio: a bias vector more is no other size.
 SIZE_TOLERANCE = 1.05
@@ -38,7 +40,11 @@ GROUP_TITLES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One model in one role: ``metrics[name][seed]`` on one split, ``params`` and the rest as means over seeds."""
+    """One model in one role: ``metrics[name][seed]`` on one split, ``params`` and the rest as means over seeds.
+
+    ``intervals[metric][unit]`` are the bounds of the model's own 95 % interval over a resampled unit, means over seeds;
+    None where it has none. ``memory`` is in bytes. ``notes`` explain a metric or another field of a row by its name.
+    """
 
     role: str
     model: str
@@ -49,6 +55,9 @@ class Entry:
     latency_p50: float | None
     latency_p99: float | None
     train_seconds: float | None
+    memory: float | None = None
+    intervals: Mapping[str, Mapping[str, tuple[float, float] | None]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -116,6 +125,16 @@ class Comparison:
     teacher: Entry | None
     differences: Mapping[tuple[str, str], Difference]
     gap: Estimate | None
+
+    @property
+    def units(self) -> list[str]:
+        """What the models' own intervals of the reported metric are over; empty where the run has none."""
+        return list(dict.fromkeys(unit for entry in self.entries for unit in entry.intervals.get(self.metric, {})))
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the memory of a model was measured."""
+        return any(entry.memory is not None for entry in self.entries)
 
     @property
     def metric_names(self) -> list[str]:
@@ -227,9 +246,28 @@ def collect(rows: Iterable[Mapping[str, Any]], split: str) -> list[Entry]:
                 latency_p50=_mean(item.get("p50") for item in latency),
                 latency_p99=_mean(item.get("p99") for item in latency),
                 train_seconds=_mean(row.get("train_seconds") for row in members),
+                memory=_mean(row.get("peak_memory_bytes") for row in members),
+                intervals=_own_intervals(members),
+                notes=dict(members[0].get("notes") or {}),
             )
         )
     return entries
+
+
+def _own_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float] | None]]:
+    """Return the means of the rows' bounds by metric and unit; None where a row has no interval."""
+    bounds: dict[str, dict[str, list[tuple[float | None, float | None]]]] = {}
+    for row in rows:
+        for metric, by_unit in (row.get("intervals") or {}).items():
+            for unit, (low, high) in by_unit.items():
+                bounds.setdefault(metric, {}).setdefault(unit, []).append((finite(low), finite(high)))
+    found: dict[str, dict[str, tuple[float, float] | None]] = {}
+    for metric, by_unit in bounds.items():
+        for unit, each in by_unit.items():
+            known = [(low, high) for low, high in each if low is not None and high is not None]
+            means = (sum(low for low, _ in known) / len(each), sum(high for _, high in known) / len(each))
+            found.setdefault(metric, {})[unit] = means if len(known) == len(each) else None
+    return found
 
 
 def metric_direction(metric: str, higher_is_better: bool | Mapping[str, bool] | None = None) -> bool:

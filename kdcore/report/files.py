@@ -83,6 +83,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]], source: str | os.PathLike[str]
             raise UserError(f"{source}: row {number}: role {row['role']!r} is not one of {', '.join(ROLES)}")
         if not isinstance(row["metrics"], Mapping):
             raise UserError(f"{source}: row {number}: metrics must map names to numbers")
+        _check_optional(row, f"{source}: row {number}")
         key = tuple(str(row.get(name)) for name in ("domain", "recipe", "role", "model", "seed", "split"))
         if key in seen:
             raise UserError(
@@ -96,6 +97,26 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _check_optional(row: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError unless intervals are {metric: {unit: [low, high]}} and notes {name: text}; both may be missing.
+
+    ``low`` and ``high`` may be null: the model has no interval there.
+    """
+    for by_unit in _mapped(row, "intervals", where).values():
+        pairs = by_unit.values() if isinstance(by_unit, Mapping) else [None]
+        if not all(isinstance(each, Sequence) and not isinstance(each, str) and len(each) == 2 for each in pairs):
+            raise UserError(f"{where}: intervals must map metrics to units to [low, high]")
+    if not all(isinstance(each, str) for each in _mapped(row, "notes", where).values()):
+        raise UserError(f"{where}: notes must map names to texts")
+
+
+def _mapped(row: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = row.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {name}: got {type(value).__name__}, wanted an object")
+    return value
 
 
 def _check_comparisons(comparisons: Sequence[Mapping[str, Any]], source: Path) -> None:

@@ -150,6 +150,7 @@ def _comparison(
     if comparison is None:
         return ""
     body = tables.main_table(comparison)
+    body += "".join(f'<p class="note">{esc(line)}</p>' for line in tables.notes(comparison))
 
     if len(comparison.metric_names) > 1:
         body += f"<details><summary>All metrics</summary>{tables.metrics_table(comparison)}</details>"
@@ -193,10 +194,16 @@ def _provenance(run: RunFiles) -> str:
 
 def _footer(comparison: Comparison | None) -> str:
     level = level_name(comparison.level) if comparison else "95 %"
+    own = ""
+    if comparison and comparison.units:
+        own = (
+            " A model's own interval says how its value moves with other test units; whether two models differ is "
+            "told by their difference, not by whether these intervals overlap."
+        )
     return (
         "<footer><h2>How to read this</h2><p>The student is held against the best model of its size that had no "
         "teacher, chosen on the reported split, which favours that model. sd is the standard deviation between seeds: "
         f"the luck of training. A {level} interval of a difference is paired by seed; one made from seeds alone does "
         "not cover the choice of the test set. Where the interval includes zero, neither model is shown to be better. "
-        "The intervals are not corrected for the number of models compared.</p></footer>"
+        f"The intervals are not corrected for the number of models compared.{own}</p></footer>"
     )

@@ -12,6 +12,7 @@ from rich.text import Text
 from kdcore.report.analysis import (
     GROUP_TITLES,
     LARGER,
+    OWN_LEVEL,
     SAME_SIZE,
     STUDENT,
     Comparison,
@@ -21,7 +22,18 @@ from kdcore.report.analysis import (
     compare_run,
 )
 from kdcore.report.files import RunFiles
-from kdcore.report.text import count, decimals_for, interval, level_name, mean_sd, metric_name, milliseconds, signed
+from kdcore.report.text import (
+    bounds,
+    count,
+    decimals_for,
+    interval,
+    level_name,
+    mean_sd,
+    metric_name,
+    milliseconds,
+    signed,
+    size,
+)
 from kdcore.report.verdict import verdict
 
 # Headings short enough for the first column of a terminal.
@@ -66,11 +78,13 @@ def _table(comparison: Comparison | None) -> Table:
     arrow = "higher is better" if comparison.higher_is_better else "lower is better"
     table.title = Text(f"{metric_name(comparison.metric)} on {comparison.split} ({arrow})")
     table.add_column("Model", max_width=26, overflow="fold")
-    titles = ["Params", "Seeds", f"{metric_name(comparison.metric)}\nmean ± sd"]
+    own = "".join(f"\n{level_name(OWN_LEVEL)} by {unit}" for unit in comparison.units)
+    titles = ["Params", "Seeds", f"{metric_name(comparison.metric)}\nmean ± sd{own}"]
     if comparison.student is not None:
         titles += ["Student\n− this", f"{level_name(comparison.level)} interval"]
-    if any(entry.latency_p50 is not None for entry in comparison.entries):
-        titles.append("p50\nms")
+    titles += ["Memory"] * comparison.has_memory
+    latency = any(entry.latency_p50 is not None for entry in comparison.entries)
+    titles += ["p50\nms"] * latency
     for title in titles:
         table.add_column(Text(title), justify="right", overflow="fold")
     decimals = decimals_for(entry.mean(comparison.metric) for entry in comparison.entries)
@@ -82,22 +96,26 @@ def _table(comparison: Comparison | None) -> Table:
             table.add_section()
         table.add_row(Text(title, style="bold"))
         for entry in members:
-            table.add_row(*_cells(entry, comparison, decimals, len(table.columns)))
+            table.add_row(*_cells(entry, comparison, decimals, latency))
     return table
 
 
-def _cells(entry: Entry, comparison: Comparison, decimals: int, n_columns: int) -> list[Text]:
+def _cells(entry: Entry, comparison: Comparison, decimals: int, latency: bool) -> list[Text]:
     metric = comparison.metric
     name = entry.label + (" (alone)" if entry.role == "student_alone" else "")
+    known = entry.intervals.get(metric, {})
+    own = [bounds(known[unit], decimals) if unit in known else "" for unit in comparison.units]
     cells = [
         Text(name, style="bold" if entry is comparison.student else ""),
         Text(count(entry.params)),
         Text(str(len(entry.seeds(metric)))),
-        Text(mean_sd(entry.mean(metric), entry.sd(metric), decimals)),
+        Text("\n".join([mean_sd(entry.mean(metric), entry.sd(metric), decimals), *own])),
     ]
     if comparison.student is not None:
         cells += _difference(comparison.differences.get(entry.key), decimals)
-    if len(cells) < n_columns:
+    if comparison.has_memory:
+        cells.append(Text(size(entry.memory)))
+    if latency:
         cells.append(Text(milliseconds(entry.latency_p50)))
     return cells
 

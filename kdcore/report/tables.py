@@ -7,6 +7,7 @@ from typing import Any
 
 from kdcore.report.analysis import (
     GROUP_TITLES,
+    OWN_LEVEL,
     Comparison,
     Difference,
     Entry,
@@ -18,6 +19,7 @@ from kdcore.report.text import (
     DASH,
     MINUS,
     ROLE_NAMES,
+    bounds,
     count,
     decimals_for,
     duration,
@@ -54,7 +56,8 @@ def main_table(comparison: Comparison) -> str:
     if comparison.student:
         head.append(f"Student {MINUS} this, {level_name(comparison.level)} interval")
     latency = any(entry.latency_p50 is not None for entry in comparison.entries)
-    head += ["Seeds", "Parameters", "On disk", *["Latency p50 / p99, ms"] * latency, "Training"]
+    head += ["Seeds", "Parameters", "On disk", *["Memory, peak"] * comparison.has_memory]
+    head += [*["Latency p50 / p99, ms"] * latency, "Training"]
     decimals = decimals_for(entry.mean(comparison.metric) for entry in comparison.entries)
     bodies = []
     for group, title in GROUP_TITLES.items():
@@ -65,7 +68,24 @@ def main_table(comparison: Comparison) -> str:
             bodies.append(f"<tbody>{over}{rows}</tbody>")
     better = "higher" if comparison.higher_is_better else "lower"
     caption = f"{name} on the {comparison.split} split; {better} is better. sd: between seeds."
+    if comparison.units:
+        caption += f" Below it the model's own {level_name(OWN_LEVEL)} interval; of several seeds, the mean bounds."
     return html_table(caption, head, "".join(bodies))
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Return what the rows say of their figures, a line each, with the models of which it holds if not of all."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for entry in comparison.entries:
+        for name, text in entry.notes.items():
+            who = ROLE_NAMES.get(entry.role, entry.role)
+            found.setdefault(name, {}).setdefault(text, []).append(f"{who} {entry.label}")
+    lines = []
+    for name, texts in found.items():
+        several = len(texts) > 1
+        parts = [f"{text} ({', '.join(who)})" if several else text for text, who in texts.items()]
+        lines.append(f"{metric_name(name)}: {'; '.join(parts)}.")
+    return lines
 
 
 def metrics_table(comparison: Comparison) -> str:
@@ -74,7 +94,10 @@ def metrics_table(comparison: Comparison) -> str:
     decimals = {name: decimals_for(entry.mean(name) for entry in comparison.entries) for name in names}
     rows = []
     for entry in comparison.entries:
-        cells = "".join(f"<td>{esc(mean_sd(entry.mean(name), entry.sd(name), decimals[name]))}</td>" for name in names)
+        cells = "".join(
+            value_cell(entry.mean(name), entry.sd(name), decimals[name], entry.intervals.get(name, {}))
+            for name in names
+        )
         rows.append(f'<tr><th scope="row">{_name(entry)}</th>{cells}</tr>')
     head = ["Model", *map(metric_name, names)]
     caption = f"All metrics on the {comparison.split} split, mean ± standard deviation between seeds."
@@ -135,7 +158,7 @@ def difference_cell(difference: Difference | None, decimals: int, winner: str = 
 
 def _main_row(entry: Entry, comparison: Comparison, decimals: int, latency: bool) -> str:
     metric = comparison.metric
-    cells = [value_cell(entry.mean(metric), entry.sd(metric), decimals)]
+    cells = [value_cell(entry.mean(metric), entry.sd(metric), decimals, entry.intervals.get(metric, {}))]
     if comparison.student:
         cells.append(difference_cell(comparison.differences.get(entry.key), decimals))
     cells += [
@@ -143,6 +166,8 @@ def _main_row(entry: Entry, comparison: Comparison, decimals: int, latency: bool
         f"<td>{esc(count(entry.params))}</td>",
         f"<td>{esc(size(entry.bytes))}</td>",
     ]
+    if comparison.has_memory:
+        cells.append(f"<td>{esc(size(entry.memory))}</td>")
     if latency:
         cells.append(f"<td>{esc(milliseconds(entry.latency_p50))} / {esc(milliseconds(entry.latency_p99))}</td>")
     cells.append(f"<td>{esc(duration(entry.train_seconds))}</td>")
@@ -164,6 +189,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", DASH if value is None else value
 
 
-def value_cell(mean: float | None, sd: float | None, decimals: int) -> str:
-    """Return a cell with mean ± sd, a dash where there is none."""
-    return f"<td>{esc(mean_sd(mean, sd, decimals))}</td>"
+def value_cell(
+    mean: float | None,
+    sd: float | None,
+    decimals: int,
+    intervals: Mapping[str, tuple[float, float] | None] | None = None,
+) -> str:
+    """Return a cell with mean ± sd, a dash where there is none; below it the intervals by what they are over."""
+    below = "".join(
+        f"<small>by {esc(unit)} {esc(bounds(each, decimals))}</small>" for unit, each in (intervals or {}).items()
+    )
+    return f"<td>{esc(mean_sd(mean, sd, decimals))}{below}</td>"

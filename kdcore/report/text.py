@@ -57,6 +57,11 @@ def interval(estimate: Estimate, decimals: int) -> str:
     return f"[{signed(estimate.low, decimals)}, {signed(estimate.high, decimals)}]"
 
 
+def bounds(value: tuple[float, float] | None, decimals: int) -> str:
+    """Return ``[low, high]`` of a quantity that is no difference, without signs."""
+    return "no interval" if value is None else f"[{number(value[0], decimals)}, {number(value[1], decimals)}]"
+
+
 def percent(value: float) -> str:
     """Return a share in whole percent."""
     return f"{100 * value:.0f} %".replace("-", MINUS)

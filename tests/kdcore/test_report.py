@@ -270,6 +270,65 @@ def test_html_and_terminal_say_the_same(tmp_path: Path) -> None:
     assert " ".join(sentence.split()) in " ".join(output.getvalue().split())
 
 
+def with_own_intervals(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows that have intervals, memory and notes, as those of a run that measured them."""
+    for row in found:
+        value, seed = row["metrics"]["ndcg@10"], row["seed"]
+        own = {"user": [value - 0.02 * (seed + 1), value + 0.02 * (seed + 1)], "group": [None, None]}
+        row |= {"intervals": {"ndcg@10": own}, "peak_memory_bytes": 12_300_000}
+        row["notes"] = {"rtf": "in <whole>" if row["role"] == "teacher" else "in chunks"}
+    return found
+
+
+def test_a_models_own_interval_and_its_memory_are_shown(tmp_path: Path) -> None:
+    found = with_own_intervals(exact_rows(GOOD, big=123_456_789))
+    entry = next(each for each in compared(found).entries if each.role == "student")
+    assert entry.intervals["ndcg@10"]["user"] == pytest.approx((0.42, 0.50)) and entry.memory == 12_300_000
+    output = io.StringIO()
+    console = Console(file=output, width=100)
+    table = comparison_table(found)
+    console.print(table)
+    text = output.getvalue()
+    assert console.measure(table).minimum <= 100 and max(map(len, text.splitlines())) <= 100
+    for part in ("95 % by user", "95 % by group", "[0.4200, 0.5000]", "no interval", "Memory", "12.3 MB"):
+        assert part in text, part
+    page = Page(write_report(run_with(tmp_path / "run", found)).read_text(encoding="utf-8"))
+    for part in (
+        "by user [0.4200, 0.5000]",
+        "by group no interval",
+        "Memory, peak",
+        "12.3 MB",
+        "of several seeds, the mean bounds",
+        "rtf: in <whole> (teacher big); in chunks (student small, baseline simple, student alone small).",
+        "not by whether these intervals overlap",
+    ):
+        assert part in page.text, part
+
+
+def test_a_run_without_own_intervals_says_nothing_of_them(tmp_path: Path) -> None:
+    text = Page(write_report(write_fake_run(tmp_path / "run")).read_text(encoding="utf-8")).text
+    for part in ("Memory", "the model's own", "overlap", "mean bounds"):
+        assert part not in text, part
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("intervals", [1]),
+        ("intervals", {"ndcg@10": [0.1, 0.2]}),
+        ("intervals", {"ndcg@10": {"user": [0.1]}}),
+        ("intervals", {"ndcg@10": {"user": "ab"}}),
+        ("notes", {"ndcg@10": 3}),
+        ("notes", "text"),
+    ],
+)
+def test_damaged_intervals_and_notes_are_named(field: str, value: Any, tmp_path: Path) -> None:
+    found = exact_rows(GOOD, big=5000)
+    found[1][field] = value
+    with pytest.raises(UserError, match=rf"metrics\.json: row 2: {field}"):
+        write_report(run_with(tmp_path / "run", found))
+
+
 def test_report_stands_alone_and_is_the_same_twice(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path / "run")
     first = write_report(folder).read_bytes()
