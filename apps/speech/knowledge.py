@@ -172,8 +172,9 @@ class DelayedHint(nn.Module):
         self.delay = delay
 
     def forward(self, student: Tensor, teacher: Tensor, lengths: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Return the loss of frames [B, T, D] and [B, T, E]; lengths int64 [B]."""
-        frames = min(student.shape[1] - self.delay, teacher.shape[1])  # a layer may have some beyond the longest
+        """Return the loss of frames [B, T, D] and [B, T, E]; lengths int64 [B]. An utterance in the delay counts 0."""
+        # a layer may have some beyond the longest; none are left where no utterance outlasts the delay
+        frames = max(min(student.shape[1] - self.delay, teacher.shape[1]), 0)
         late = student[:, self.delay : self.delay + frames]
         counted = torch.arange(frames, device=lengths.device) < (lengths - self.delay)[:, None]
         apart = (self.project(late) - teacher[:, :frames]).pow(2).mean(2) / 2

@@ -1,10 +1,14 @@
-"""What a CTC teacher says of every utterance and view, computed once: posteriors, N-best lists, hidden frames."""
+"""What a CTC teacher says of every utterance and view, computed once: posteriors, N-best lists, hidden frames.
+
+Everything is on disk, frames a row each and lists ragged, so that one long recording costs what it holds and no more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +16,17 @@ from torch import Tensor
 
 from apps.speech.data.batches import padded
 from apps.speech.decode.nbest import n_best
-from apps.speech.models.base import output_lengths
+from apps.speech.models.base import FRAME_MS, output_lengths
 from kdcore.losses import cut_at_blanks
 from kdcore.teacher_cache import CacheEntry, TeacherCache
 
 # rows of a view -> name -> a frame's values [T', ...] of each
 Said = Callable[[Sequence[int]], Mapping[str, list[np.ndarray]]]
 Progress = Callable[[str, int, int], None]
+# utterances whose lists are made and written at a time
+_LISTED = 64
+# log-posteriors [2 T', C] of half the length of a frame -> [T', C]
+Halved = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,50 @@ class Cuts:
     delay: int = 0
 
 
+@dataclass(frozen=True)
+class Listed:
+    """The N best of an utterance's S segments; a place without a hypothesis has the length 0 and the score -inf.
+
+    Shapes: segments int32 [S, 2], first frame and the one behind the last, with the student's delay; symbols int32
+    [S, N, U], U the longest of them; lengths int32 [S, N]; scores float32 [S, N].
+    """
+
+    segments: np.ndarray
+    symbols: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
+
+
+class Lists:
+    """The N best of every utterance, one segment or several each, from a cache's ragged fields."""
+
+    def __init__(self, entry: CacheEntry, count: int) -> None:
+        self.entry, self.count = entry, count
+        # where the segments and the symbols of each row begin
+        self.offsets = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(entry["sizes"], axis=0)])
+
+    def __getitem__(self, row: int) -> Listed:
+        (first, begin), (last, end) = self.offsets[row], self.offsets[row + 1]
+        lengths, scores = (
+            self.entry[name][first * self.count : last * self.count].reshape(-1, self.count)
+            for name in ("lengths", "scores")
+        )
+        symbols = np.zeros((*lengths.shape, int(lengths.max(initial=0))), np.int32)
+        # in the order of a mask's places, which is that of the hypotheses
+        symbols[np.arange(symbols.shape[2]) < lengths[..., None]] = self.entry["symbols"][begin:end]
+        return Listed(self.entry["segments"][2 * first : 2 * last].reshape(-1, 2), symbols, lengths, scores)
+
+
 class ViewLessons:
     """What one teacher says of one view of the training utterances, of so many feature frames each (int64 [N]).
 
     ``ask`` gives for some rows ``log_probs`` [T', C] of each, and the output [T', D] of each of ``layers`` (name ->
-    width).
+    width). With ``halved`` it gives log-posteriors of twice as many frames, [2 T', C]: lists of hypotheses are made of
+    these, and ``halved`` makes of them the frames that are taught and that segments are counted in.
     Everything is in a teacher cache, keyed by teacher, data and what is asked for.
+
+    Raises:
+        ValueError: ``layers`` and ``halved``: layers have no frames but the teacher's own.
     """
 
     def __init__(
@@ -62,29 +108,39 @@ class ViewLessons:
         classes: int,
         layers: Mapping[str, int] | None = None,
         progress: Progress | None = None,
+        halved: Halved | None = None,
     ) -> None:
+        if layers and halved is not None:
+            raise ValueError(f"layers: got {', '.join(layers)} of a teacher whose frames are halved, wanted none")
         self.ask, self.cache = ask, cache
         self.data, self.teacher, self.classes, self.progress = data, teacher, classes, progress
-        self.layers = dict(layers or {})
-        frames = output_lengths(torch.from_numpy(np.array(lengths))).numpy()
+        self.layers, self.halved = dict(layers or {}), halved
+        # frames that ``ask`` gives for one that is taught
+        self.finer = 1 if halved is None else 2
+        frames = self.finer * output_lengths(torch.from_numpy(np.array(lengths))).numpy()
         self.offsets = np.concatenate([[0], np.cumsum(frames)])
-        self._kept: dict[tuple[object, ...], CacheEntry] = {}
+        self._kept: dict[tuple[object, ...], Lists] = {}
 
     @cached_property
     def frames(self) -> CacheEntry:
-        """Log-posteriors float16 [sum of T', C], and the layers asked for; a row a frame."""
+        """Log-posteriors float16 [sum of T', C], and the layers asked for; a row a frame that ``ask`` gives."""
         fields: dict[str, tuple[str, tuple[int, ...]]] = {"log_probs": ("<f2", (self.classes,))}
         fields |= {layer: ("<f2", (width,)) for layer, width in self.layers.items()}
         return self.cache.get_or_compute(
             data=self.data,
             teacher=self.teacher,
-            kind="frames",
+            kind=f"frames{self._which}",
             n_rows=int(self.offsets[-1]),
             fields=fields,
             compute=self._frames,
-            block_rows=16_384,
+            block_rows=16_384 * self.finer,
             progress=self._told("teacher's frames"),
         )
+
+    @property
+    def _which(self) -> str:
+        """Which frames, for the keys of what is made of them; nothing for those that are taught."""
+        return "" if self.halved is None else f" of {FRAME_MS // self.finer} ms"
 
     def _told(self, what: str) -> Callable[[int, int], None] | None:
         progress = self.progress
@@ -104,97 +160,98 @@ class ViewLessons:
         whole = {name: np.concatenate(values).clip(-1e4, 1e4).astype(np.float16) for name, values in parts.items()}
         return {name: values[begin : begin + stop - start] for name, values in whole.items()}
 
-    def log_probs(self, row: int) -> np.ndarray:
-        """Return the teacher's log-posteriors float32 [T', C] of an utterance."""
+    def _asked(self, row: int) -> np.ndarray:
+        """Return the log-posteriors float32 [T', C] of an utterance in the frames that ``ask`` gives."""
         values: np.ndarray = self.frames["log_probs"][self.offsets[row] : self.offsets[row + 1]].astype(np.float32)
         return values
 
-    def hypotheses(self, wanted: NBest) -> CacheEntry:
-        """Return the N best of every utterance: ``symbols`` int32 [n, N, U], ``lengths`` [n, N], ``scores`` [n, N]."""
-        if (wanted,) not in self._kept:
-            self._kept[wanted,] = self._hypotheses(wanted)
-        return self._kept[wanted,]
+    def log_probs(self, row: int) -> np.ndarray:
+        """Return the teacher's log-posteriors float32 [T', C] of an utterance, in the frames that are taught."""
+        asked = self._asked(row)
+        return asked if self.halved is None else self.halved(asked)
 
-    def _hypotheses(self, wanted: NBest) -> CacheEntry:
-        longest = max(int(np.diff(self.offsets).max(initial=0)), 1)
+    def layer(self, name: str, row: int) -> np.ndarray:
+        """Return the output float16 [T', D] of a layer for an utterance."""
+        values: np.ndarray = self.frames[name][self.offsets[row] : self.offsets[row + 1]]
+        return values
 
-        def compute(start: int, stop: int) -> dict[str, np.ndarray]:
-            return _listed([self.log_probs(row) for row in range(start, stop)], wanted, longest)
-
-        return self.cache.get_or_compute(
-            data=self.data,
-            teacher=self.teacher,
-            kind=f"n-best {wanted.count} of beam {wanted.beam}",
-            n_rows=len(self.offsets) - 1,
-            fields=_fields((wanted.count,), longest),
-            compute=compute,
-            block_rows=64,
-            progress=self._told("teacher's N best"),
-        )
+    def hypotheses(self, wanted: NBest) -> Lists:
+        """Return the N best of every utterance, each one segment."""
+        return self._lists(wanted, None, f"n-best {wanted.count} of beam {wanted.beam}", "teacher's N best")
 
     def segments(self, row: int, cuts: Cuts, delay: int) -> np.ndarray:
-        """Return the segments int64 [S, 2] of an utterance, moved by a delay."""
-        log_probs = torch.from_numpy(self.log_probs(row))[None]
-        found = cut_at_blanks(
-            log_probs,
-            torch.tensor([log_probs.shape[1]]),
-            blank=self.classes - 1,
-            threshold=cuts.threshold,
-            least=cuts.least,
-            delay=delay,
-        )
-        return found[0].numpy()
+        """Return the segments int64 [S, 2] of an utterance, moved by a delay, in frames that are taught."""
+        return _cut(self.log_probs(row), cuts, delay)
 
-    def segment_hypotheses(self, wanted: NBest, cuts: Cuts) -> CacheEntry:
-        """Return the N best of every segment, and ``segments`` int32 [n, S, 2] with the student's delay."""
+    def segment_hypotheses(self, wanted: NBest, cuts: Cuts) -> Lists:
+        """Return the N best of every segment of every utterance."""
+        kind = f"segments {cuts}, n-best {wanted.count} of beam {wanted.beam}"
+        return self._lists(wanted, cuts, kind, "teacher's N best of segments")
+
+    def _lists(self, wanted: NBest, cuts: Cuts | None, kind: str, what: str) -> Lists:
         if (wanted, cuts) not in self._kept:
-            self._kept[wanted, cuts] = self._segment_hypotheses(wanted, cuts)
+            entry = self.cache.get_or_compute(
+                data=self.data,
+                teacher=self.teacher,
+                kind=f"{kind}{self._which and f', frames{self._which}'}",
+                n_rows=len(self.offsets) - 1,
+                # how many segments and symbols an utterance has
+                fields={"sizes": ("<i8", (2,))},
+                compute=lambda start, stop: _joined([self._list(row, wanted, cuts) for row in range(start, stop)]),
+                ragged={"segments": "<i4", "symbols": "<i4", "lengths": "<i4", "scores": "<f4"},
+                block_rows=_LISTED,
+                progress=self._told(what),
+            )
+            self._kept[wanted, cuts] = Lists(entry, wanted.count)
         return self._kept[wanted, cuts]
 
-    def _segment_hypotheses(self, wanted: NBest, cuts: Cuts) -> CacheEntry:
-        own = [self.segments(row, cuts, 0) for row in range(len(self.offsets) - 1)]
-        count = max((len(each) for each in own), default=1)
-        longest = max((int((each[:, 1] - each[:, 0]).max(initial=0)) for each in own), default=1)
-
-        def compute(start: int, stop: int) -> dict[str, np.ndarray]:
-            listed, late = [], np.zeros((stop - start, count, 2), np.int32)
-            for place, row in enumerate(range(start, stop)):
-                log_probs, delayed = self.log_probs(row), self.segments(row, cuts, cuts.delay)
-                late[place, : len(delayed)] = delayed
-                listed += [log_probs[low:high] for low, high in own[row]]
-                listed += [log_probs[:0]] * (count - len(own[row]))
-            found = _listed(listed, wanted, max(longest, 1))
-            shaped = {name: value.reshape(stop - start, count, *value.shape[1:]) for name, value in found.items()}
-            return {**shaped, "segments": late}
-
-        return self.cache.get_or_compute(
-            data=self.data,
-            teacher=self.teacher,
-            kind=f"segments {cuts}, n-best {wanted.count} of beam {wanted.beam}",
-            n_rows=len(self.offsets) - 1,
-            fields={**_fields((count, wanted.count), max(longest, 1)), "segments": ("<i4", (count, 2))},
-            compute=compute,
-            block_rows=64,
-            progress=self._told("teacher's N best of segments"),
-        )
+    def _list(self, row: int, wanted: NBest, cuts: Cuts | None) -> Found:
+        """Return the N best of an utterance's segments, or of it as one."""
+        asked = self._asked(row)
+        if cuts is None:
+            own = late = np.array([[0, len(asked) // self.finer]])
+        else:
+            taught = asked if self.halved is None else self.halved(asked)
+            own, late = (_cut(taught, cuts, delay) for delay in (0, cuts.delay))
+        bounds = (own * self.finer).tolist()
+        # of no frames there is no hypothesis
+        found = [n_best(asked[low:high], wanted.count, beam=wanted.beam) if high > low else [] for low, high in bounds]
+        lengths = np.zeros((len(own), wanted.count), np.int32)
+        scores = np.full((len(own), wanted.count), -np.inf, np.float32)
+        for place, hypotheses in enumerate(found):
+            lengths[place, : len(hypotheses)] = [len(each.ids) for each in hypotheses]
+            scores[place, : len(hypotheses)] = [each.score for each in hypotheses]
+        symbols = [symbol for hypotheses in found for each in hypotheses for symbol in each.ids]
+        return Found(late.astype(np.int32), np.array(symbols, np.int32), lengths, scores)
 
 
-def _fields(shape: tuple[int, ...], longest: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {"symbols": ("<i4", (*shape, longest)), "lengths": ("<i4", shape), "scores": ("<f4", shape)}
+class Found(NamedTuple):
+    """What is stored of an utterance: as ``Listed``, but its symbols int32 [n], one hypothesis behind the other."""
+
+    segments: np.ndarray
+    symbols: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
 
 
-def _listed(utterances: Sequence[np.ndarray], wanted: NBest, longest: int) -> dict[str, np.ndarray]:
-    """Return the N best of log-posteriors [T, C] each; a place without a hypothesis has the score -inf."""
-    symbols = np.zeros((len(utterances), wanted.count, longest), np.int32)
-    lengths = np.zeros((len(utterances), wanted.count), np.int32)
-    scores = np.full((len(utterances), wanted.count), -np.inf, np.float32)
-    for row, log_probs in enumerate(utterances):
-        if not len(log_probs):
-            continue
-        for place, found in enumerate(n_best(log_probs, wanted.count, beam=wanted.beam)):
-            symbols[row, place, : len(found.ids)] = found.ids
-            lengths[row, place], scores[row, place] = len(found.ids), found.score
-    return {"symbols": symbols, "lengths": lengths, "scores": scores}
+def _cut(log_probs: np.ndarray, cuts: Cuts, delay: int) -> np.ndarray:
+    """Return the segments int64 [S, 2] of log-posteriors [T', C], moved by a delay."""
+    found = cut_at_blanks(
+        torch.from_numpy(log_probs)[None],
+        torch.tensor([len(log_probs)]),
+        blank=log_probs.shape[1] - 1,
+        threshold=cuts.threshold,
+        least=cuts.least,
+        delay=delay,
+    )
+    return found[0].numpy()
+
+
+def _joined(found: Sequence[Found]) -> dict[str, np.ndarray]:
+    """Return the fields of some utterances as they are stored."""
+    sizes = np.array([[len(each.segments), len(each.symbols)] for each in found], np.int64)
+    joined = {name: np.concatenate([getattr(each, name).reshape(-1) for each in found]) for name in Found._fields}
+    return {"sizes": sizes, **joined}
 
 
 @dataclass(frozen=True)
@@ -215,40 +272,42 @@ class TeacherLessons:
         """Return the values of rows, each in its view."""
         pairs = list(zip(rows.tolist(), (self.views[view] for view in views), strict=True))
         values: dict[str, Tensor] = {}
-        names = [*(["log_probs"] if self.posteriors else []), *self.views[0].layers]
-        for name in names:
-            given = [said.frames[name][said.offsets[row] : said.offsets[row + 1]] for row, said in pairs]
-            values["teacher" if name == "log_probs" else f"teacher.{name}"] = torch.from_numpy(padded(given)).float()
+        if self.posteriors:
+            values["teacher"] = torch.from_numpy(padded([said.log_probs(row) for row, said in pairs]))
+        for name in self.views[0].layers:
+            given = [said.layer(name, row) for row, said in pairs]
+            values[f"teacher.{name}"] = torch.from_numpy(padded(given)).float()
         if self.n_best is not None:
             values |= self._listed(pairs)
         return values
 
     def _listed(self, pairs: Sequence[tuple[int, ViewLessons]]) -> dict[str, Tensor]:
-        entries = {id(said): self._entry(said) for _, said in pairs}
-        found = {
-            name: [entries[id(said)][name][row] for row, said in pairs] for name in ("symbols", "lengths", "scores")
+        lists = {id(said): self._lists(said) for _, said in pairs}
+        found = [lists[id(said)][row] for row, said in pairs]
+        if self.cuts is None:
+            # one segment, the utterance
+            found = [Listed(each.segments, each.symbols[0], each.lengths[0], each.scores[0]) for each in found]
+        values = {
+            "hypotheses": _stacked([each.symbols for each in found], least=1).long(),
+            "hypothesis_lengths": _stacked([each.lengths for each in found]).long(),
+            "log_scores": _stacked([each.scores for each in found]),
         }
-        names = {"symbols": "hypotheses", "lengths": "hypothesis_lengths", "scores": "log_scores"}
-        values = {names[name]: torch.from_numpy(_stacked(each)) for name, each in found.items()}
-        if self.cuts is not None:
-            segments = _stacked([entries[id(said)]["segments"][row] for row, said in pairs])
-            values["segments"] = torch.from_numpy(segments).long()
-        longest = max(int(values["hypothesis_lengths"].max()), 1)
-        values["hypotheses"] = values["hypotheses"][..., :longest].long()
-        values["hypothesis_lengths"] = values["hypothesis_lengths"].long()
-        return values
+        return values if self.cuts is None else {**values, "segments": _stacked([e.segments for e in found]).long()}
 
-    def _entry(self, said: ViewLessons) -> CacheEntry:
+    def _lists(self, said: ViewLessons) -> Lists:
         if self.n_best is None:
             raise ValueError("n_best: wanted, for hypotheses")
         return said.hypotheses(self.n_best) if self.cuts is None else said.segment_hypotheses(self.n_best, self.cuts)
 
 
-def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Return arrays whose sizes differ as one, filled up: scores with -inf, for no hypothesis, all else with 0."""
+def _stacked(rows: Sequence[np.ndarray], least: int = 0) -> Tensor:
+    """Return arrays whose sizes differ as one, filled up: scores with -inf, for no hypothesis, all else with 0.
+
+    The last axis has at least so many places.
+    """
     fill = -np.inf if rows[0].dtype.kind == "f" else 0
-    shape = tuple(max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True))
-    out = np.full((len(rows), *shape), fill, rows[0].dtype)
+    *sizes, last = (max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True))
+    out = np.full((len(rows), *sizes, max(last, least)), fill, rows[0].dtype)
     for place, row in enumerate(rows):
         out[place][tuple(slice(size) for size in row.shape)] = row
-    return out
+    return torch.from_numpy(out)

@@ -1,4 +1,9 @@
-"""Who teaches: one model, several whose posteriors are averaged, or one that hears samples."""
+"""Who teaches: one model, several whose posteriors are averaged, or one that hears samples.
+
+Frames are of 40 ms, as the students'. Hugging Face models have them of 20 ms, and lists of hypotheses are made of
+these: in pairs of them double letters are lost. Beside a model trained here, which has none, lists are made of 40 ms,
+and said to be; ``teacher.combine: switched`` makes them of each by itself.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from apps.speech.data.utterance import utterance_at
 from apps.speech.decode.greedy import greedy
 from apps.speech.fitting import ask, attention_targets
 from apps.speech.lessons import Cuts, NBest, TeacherLessons, ViewLessons
 from apps.speech.models import AcousticModel
 from apps.speech.models.attention import AttentionCtc
+from apps.speech.models.base import FRAME_MS
 from apps.speech.models.ensemble import By, Ensemble, Member
-from apps.speech.models.huggingface import HuggingFaceCtc
+from apps.speech.models.huggingface import HF_FRAME_MS, HuggingFaceCtc, paired
 from apps.speech.prepared import Prepared
 from kdcore.run import fingerprint
 from kdcore.teacher_cache import TeacherCache
@@ -35,6 +42,20 @@ class Teacher:
         """What the teacher is."""
         return fingerprint(*(member.name for member in self.members), {"by": self.by})
 
+    @property
+    def frame_ms(self) -> int:
+        """Milliseconds of the shortest frames that all its models have."""
+        return HF_FRAME_MS if self._pretrained == len(self.models) else FRAME_MS
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some of its models are Hugging Face's and some are not."""
+        return 0 < self._pretrained < len(self.models)
+
+    @property
+    def _pretrained(self) -> int:
+        return sum(isinstance(model, HuggingFaceCtc) for model in self.models)
+
     def width(self, layer: str) -> int:
         """Return the width of a layer; ValueError where there is not one model that was trained here."""
         model = self.models[0]
@@ -51,15 +72,19 @@ class Teacher:
         *,
         layers: Sequence[str] = (),
         attention: bool = False,
+        frame_ms: int = FRAME_MS,
     ) -> dict[str, list[np.ndarray]]:
         """Return ``log_probs`` float32 [T', C] of rows in a view, and the output [T', D] of each layer by path.
 
         ``attention`` adds that of an attention teacher along the text, or what CTC heard where there is none.
+        ``frame_ms`` 20 gives twice as many frames; ValueError where the teacher has none so short.
         """
+        if frame_ms not in (FRAME_MS, self.frame_ms):
+            raise ValueError(f"frame_ms: got {frame_ms}, this teacher has frames of {self.frame_ms} ms")
         each = []
         for model in self.models:
             if isinstance(model, HuggingFaceCtc):
-                heard = model.batch_log_probs(prepared.samples(parts, view, rows))
+                heard = model.batch_log_probs(prepared.samples(parts, view, rows), frame_ms)
                 each.append({"log_probs": [log_probs.numpy() for log_probs in heard]})
             else:
                 store = prepared.store(parts, view)
@@ -81,10 +106,11 @@ class Teacher:
         prepared: Prepared, parts: str | Sequence[str], rows: Sequence[int], heard: Sequence[np.ndarray]
     ) -> list[Sequence[int]]:
         """Return the symbols of rows: of their texts, or of the best path where there is none."""
-        names = [parts] if isinstance(parts, str) else parts
-        texts = [each.text for part in names for each in prepared.corpora[part].utterances]
+        corpora = [prepared.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
         return [
-            greedy(log_probs).ids if (text := texts[row]) is None else prepared.units.encode(text)
+            greedy(log_probs).ids
+            if (text := utterance_at(corpora, row)[1].text) is None
+            else prepared.units.encode(text)
             for row, log_probs in zip(rows, heard, strict=True)
         ]
 
@@ -102,8 +128,9 @@ def view_lessons(
     layers: Sequence[str],
     attention: bool,
     classes: int,
+    frame_ms: int = FRAME_MS,
 ) -> ViewLessons:
-    """Return what a teacher says of the training rows in a view."""
+    """Return what a teacher says of the training rows in a view, asked for in frames of ``frame_ms``."""
     parts = prepared.training_parts
     store = prepared.store(parts, view)
 
@@ -112,7 +139,7 @@ def view_lessons(
 
     return ViewLessons(
         store.lengths,
-        lambda rows: teacher.ask(prepared, parts, view, rows, layers=layers, attention=attention),
+        lambda rows: teacher.ask(prepared, parts, view, rows, layers=layers, attention=attention, frame_ms=frame_ms),
         TeacherCache(cache),
         data=fingerprint(prepared.fingerprint, {"view": view}),
         teacher=teacher.fingerprint,
@@ -120,7 +147,13 @@ def view_lessons(
         # what attention says is as wide as the posteriors
         layers={layer: teacher.width(layer) for layer in layers} | ({"attention": classes} if attention else {}),
         progress=told,
+        halved=_halved if frame_ms < FRAME_MS else None,
     )
+
+
+def _halved(log_probs: np.ndarray) -> np.ndarray:
+    """Return the frames [T', C] of 40 ms of those [2 T', C] of 20 ms."""
+    return paired(torch.from_numpy(log_probs)).numpy()
 
 
 def teacher_lessons(
@@ -134,10 +167,27 @@ def teacher_lessons(
     n_best: NBest | None,
     cuts: Cuts | None,
 ) -> TeacherLessons:
-    """Return the lessons of (teacher, view it hears), one for each view of the student's."""
+    """Return the lessons of (teacher, view it hears), one for each view of the student's.
+
+    Lists of hypotheses are made of the shortest frames a teacher has.
+    """
+    if n_best is not None and any(who.mixed for who, _ in teachers):
+        prepared.announce(
+            "teacher: lists of hypotheses are made of frames of 40 ms, in which double letters of its Hugging Face "
+            "members may be lost; teacher.combine: switched lists each by itself"
+        )
     classes = prepared.units.blank + 1
     views = [
-        view_lessons(who, prepared, view, cache, layers=layers, attention=attention, classes=classes)
+        view_lessons(
+            who,
+            prepared,
+            view,
+            cache,
+            layers=layers,
+            attention=attention,
+            classes=classes,
+            frame_ms=FRAME_MS if n_best is None else who.frame_ms,
+        )
         for who, view in teachers
     ]
     return TeacherLessons(views, posteriors, n_best, cuts)

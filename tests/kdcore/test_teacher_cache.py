@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcore import teacher_cache
 from kdcore.config import UserError
+from kdcore.run import write_json
 from kdcore.teacher_cache import CacheEntry, TeacherCache
 
 ROOT = Path(__file__).parents[2]
@@ -273,3 +275,83 @@ def test_no_room_on_the_disk_is_an_error_before_anything_is_computed(tmp_path: P
         signal.signal(signal.SIGXFSZ, handler)
     assert [file for file in tmp_path.iterdir() if not file.name.endswith(".lock")] == []
     check(get(tmp_path))
+
+
+def ragged_answers(start: int, stop: int) -> dict[str, np.ndarray]:
+    """Return rows of row % 4 values each, and how many."""
+    counts = np.arange(start, stop) % 4
+    values = np.concatenate([np.empty(0, np.int32), *(np.arange(n) + 10 * (start + at) for at, n in enumerate(counts))])
+    return {"counts": counts.astype(np.int64), "values": values.astype(np.int32)}
+
+
+def get_ragged(folder: Path, n_rows: int = 25, **options: Any) -> CacheEntry:
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {"counts": ("<i8", ())}
+    return get(folder, n_rows, **{"fields": fields, "ragged": {"values": "<i4"}, "compute": ragged_answers, **options})
+
+
+def check_ragged(entry: CacheEntry, n_rows: int = 25) -> None:
+    for name, values in ragged_answers(0, n_rows).items():
+        assert np.array_equal(entry[name], values) and not (len(values) and entry[name].flags.writeable)
+    assert (entry.folder / "values.values").stat().st_size == 4 * len(entry["values"])
+
+
+@pytest.mark.parametrize("dies", ["computing", "writing", "telling"])
+def test_ragged_rows_go_on_after_the_blocks_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """What a killed writer left behind its last whole block is written over, not counted."""
+    calls = {"compute": 0, "told": 0}
+
+    def compute(start: int, stop: int) -> dict[str, np.ndarray]:
+        calls["compute"] += 1
+        if calls["compute"] == 2 and dies != "telling":
+            if dies == "writing":
+                (partial,) = tmp_path.glob(".*.partial")
+                with open(partial / "values.values", "ab") as handle:
+                    handle.write(b"half a blo")
+            raise InterruptedError
+        return ragged_answers(start, stop)
+
+    def told(path: Path, value: Any) -> None:
+        calls["told"] += 1
+        if calls["told"] == 2 and dies == "telling":
+            raise InterruptedError
+        write_json(path, value)
+
+    monkeypatch.setattr(teacher_cache, "write_json", told)
+    with pytest.raises(InterruptedError):
+        get_ragged(tmp_path, compute=compute)
+    computed: list[int] = []
+
+    def after(start: int, stop: int) -> dict[str, np.ndarray]:
+        computed.append(start)
+        return ragged_answers(start, stop)
+
+    check_ragged(get_ragged(tmp_path, compute=after))
+    assert computed == [10, 20]
+    check_ragged(get_ragged(tmp_path, compute=never))
+
+
+def test_ragged_rows_that_are_damaged_are_refused_and_made_again(tmp_path: Path) -> None:
+    for name, text in (("values.values", b"abcde"), ("done.json", b"25"), ("done.json", b"{}")):
+        (get_ragged(tmp_path).folder / name).write_bytes(text)
+        with pytest.raises(UserError, match=f"{name}.*delete it"):
+            get_ragged(tmp_path, compute=never)
+        check_ragged(get_ragged(tmp_path, rebuild=True))
+    check_ragged(get_ragged(tmp_path, n_rows=0, compute=never), 0)
+    check_ragged(get_ragged(tmp_path, n_rows=1), 1)  # its one row holds nothing
+
+
+def test_wrong_ragged_answers_and_questions_are_refused(tmp_path: Path) -> None:
+    good = ragged_answers(0, 10)
+    for values, message in (
+        (good["values"][None], r"'values' has shape \(1, 13\), wanted \(13,\)"),
+        (good["values"].astype(np.float32), "'values' has dtype float32"),
+        (good["values"].astype(np.int64) + (1 << 31), "'values' has values beyond int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_ragged(tmp_path, compute=lambda start, stop, values=values: {**good, "values": values})
+    with pytest.raises(ValueError, match="among the fields too"):
+        get_ragged(tmp_path, ragged={"counts": "<i4"})
+    with pytest.raises(ValueError, match="object"):
+        get_ragged(tmp_path, ragged={"values": "object"})

@@ -12,6 +12,7 @@ from apps.speech.knowledge import KNOWLEDGE, DelayedHint, Pair, delayed_spikes, 
 from apps.speech.lessons import Cuts, NBest
 from kdcore import losses
 from kdcore.config import UserError
+from kdcore.losses.contract import Reduction
 from kdcore.teaching.terms import Terms
 
 LENGTHS = torch.tensor([9, 6])
@@ -53,6 +54,17 @@ def test_a_hint_compares_a_frame_with_the_teachers_earlier_one() -> None:
     assert float(hint(student, teacher, LENGTHS)) == pytest.approx(0.0, abs=1e-6)
     student[0, 5] += 1.0
     assert float(hint(student, teacher, LENGTHS, reduction="sum")) == pytest.approx(0.5 / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("delay", [9, 10, 200])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_hint_after_the_end_of_all_utterances_counts_nothing(delay: int, reduction: Reduction) -> None:
+    hint = DelayedHint(3, 4, delay)
+    student = torch.randn(2, 9, 3, requires_grad=True)
+    value = hint(student, torch.randn(2, 9, 4), LENGTHS, reduction=reduction)
+    assert float(value.detach()) == 0
+    value.backward()
+    assert not student.grad.any()  # type: ignore[union-attr]
 
 
 def test_needs_are_those_of_all() -> None:

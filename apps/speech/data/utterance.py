@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +140,19 @@ class Corpus:
         if offset is None:
             return read_audio(self.path(utterance), channel=number)
         return read_audio(self.path(utterance), channel=number, start=offset, seconds=utterance.duration)
+
+
+def utterance_at(corpora: Sequence[Corpus], row: int) -> tuple[Corpus, Utterance]:
+    """Return the utterance of a row of some corpora, one after the other, and its corpus; without a walk over them.
+
+    Raises:
+        IndexError: there are fewer rows, or a row below 0.
+    """
+    ends = list(accumulate(map(len, corpora)))
+    if not 0 <= row < (ends[-1] if ends else 0):
+        raise IndexError(f"row: got {row}, wanted 0 to below {ends[-1] if ends else 0}")
+    at = bisect_right(ends, row)
+    return corpora[at], corpora[at].utterances[row - ends[at]]
 
 
 def _stored(path: Path, utterance: Utterance) -> np.ndarray:

@@ -6,14 +6,14 @@ symbol (unknown, sentence ends, characters our units lack) count as the blank: w
 
 Their frames of 20 ms become ours of 40 ms in pairs: ``p = (v_a p_a + v_b p_b) / (v_a + v_b)``, v = 1 - p(blank). A
 plain mean would halve each spike, every second frame alone would lose half of them. What a pair cannot keep: the order
-of two symbols within it, and the one blank between two equal symbols. Sequence-level teaching may ask for 20 ms.
+of two symbols within it, and the one blank between two equal symbols. So lists of hypotheses are made of the frames of
+20 ms (see teachers.py), and pairs teach frames.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +27,16 @@ from torch import Tensor, nn
 
 from apps.speech.features import SAMPLE_RATE, TAIL_MS
 from apps.speech.models.base import FRAME_MS
+from apps.speech.models.pretrained import (
+    HOP,
+    MODELS,
+    NO_TRANSFORMERS,
+    WINDOW,
+    check_weights,
+    normalises,
+    read_config,
+    token_groups,
+)
 from apps.speech.views import Speed, parse_view
 from kdcore.config import UserError
 
@@ -35,21 +45,11 @@ if TYPE_CHECKING:
 
     from apps.speech.units import Units
 
-# model_type in config.json -> (its configuration, its CTC model) in transformers; no other class is ever made
-MODELS = {
-    "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2ForCTC"),
-    "hubert": ("HubertConfig", "HubertForCTC"),
-    "wavlm": ("WavLMConfig", "WavLMForCTC"),
-}
-# one of their frames: samples from one to the next, and samples it hears
-HOP, WINDOW = 320, 400
 HF_FRAME_MS = 1000 * HOP // SAMPLE_RATE
 # attention needs memory by the square of the length
 MOST_SECONDS = 120
 # samples whose frame has a centre within the audio count as a feature frame
 _SHIFT = 160
-_LARGEST_JSON = 1 << 24
-_BOUNDARY = "▁"
 
 
 def longest_heard(views: Iterable[str]) -> float:
@@ -84,14 +84,12 @@ class HuggingFaceCtc(nn.Module):
                 weights only, or a vocabulary that misses symbols of the units (named).
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: not a folder, wanted one with a Hugging Face model (config.json, model.safetensors)"
-            )
-        config = _config(folder)
-        normalise = _normalises(folder)
-        _check_weights(folder)
-        groups = _groups(folder, config, units.symbols)
+        config = read_config(folder)
+        normalise = normalises(folder)
+        check_weights(folder)
+        rows = token_groups(folder, config, units.symbols)
+        most = max(map(len, rows))
+        groups = torch.tensor([row + [-1] * (most - len(row)) for row in rows])
         return cls(_load(folder, config["model_type"]), groups, normalise)
 
     def parameter_count(self) -> int:
@@ -122,7 +120,7 @@ class HuggingFaceCtc(nn.Module):
         for batch in [some] if self.batches and some else [[at] for at in some]:
             for at, rows in zip(batch, self._run([heard[at] for at in batch]), strict=True):
                 results[at] = self._ours(rows)
-        return [_pairs(each) for each in results] if frame_ms == FRAME_MS else results
+        return [paired(each) for each in results] if frame_ms == FRAME_MS else results
 
     def _prepare(self, samples: np.ndarray | Tensor) -> Tensor:
         """Return what the model hears: normalised, then silence up to whole frames of 40 ms; nothing for no frames."""
@@ -163,128 +161,12 @@ class HuggingFaceCtc(nn.Module):
         return known[:, self.groups].logsumexp(-1)
 
 
-def _pairs(log_probs: Tensor) -> Tensor:
-    """Return one frame of [T / 2, C] for two: their mean by how much of each is no blank."""
+def paired(log_probs: Tensor) -> Tensor:
+    """Return one frame of [T, C] for two of log-posteriors [2 T, C]: their mean by how much of each is no blank."""
     pairs = log_probs.unflatten(0, (-1, 2)) if len(log_probs) else log_probs[:, None].expand(-1, 2, -1)
     # log(1 - p(blank)), from the other classes: exact where the blank is all but certain
     spoken = pairs[..., :-1].logsumexp(-1, keepdim=True).clamp(min=-80)
     return (pairs + spoken.log_softmax(1)).logsumexp(1)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Read a JSON object of a folder."""
-    try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"{file}: larger than {_LARGEST_JSON >> 20} MB, wanted a JSON file of settings")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Return config.json, of a model that can teach."""
-    file = folder / "config.json"
-    config = _json(file)
-    kind = config.get("model_type")
-    if kind not in MODELS:
-        raise UserError(f"{file}: model_type: got {kind!r}, wanted one of {', '.join(MODELS)}")
-    if config.get("architectures") != [MODELS[kind][1]]:
-        raise UserError(
-            f"{file}: no CTC head: architectures: got {config.get('architectures')}, wanted ['{MODELS[kind][1]}']"
-        )
-    for name in ("quantization_config", "adapter_attn_dim", "auto_map"):
-        if config.get(name) is not None:
-            raise UserError(f"{file}: {name}: models with one are not read, wanted a plain {MODELS[kind][1]}")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder / 'adapter_config.json'}: the folder holds an adapter, wanted a whole model")
-    strides, kernels = (
-        config.get("conv_stride", [5, 2, 2, 2, 2, 2, 2]),
-        config.get("conv_kernel", [10, 3, 3, 3, 3, 2, 2]),
-    )
-    for name, values in (("conv_stride", strides), ("conv_kernel", kernels)):
-        if not isinstance(values, list) or not all(type(each) is int and 0 < each <= HOP for each in values):
-            raise UserError(f"{file}: {name}: got {values!r}, wanted a list of whole numbers from 1 to {HOP}")
-    if (math.prod(strides), _window(kernels, strides)) != (HOP, WINDOW):
-        got = f"{math.prod(strides)} samples, of {_window(kernels, strides)}"
-        raise UserError(f"{file}: conv_stride, conv_kernel: got a frame each {got}, wanted {HOP}, of {WINDOW}")
-    return config
-
-
-def _window(kernels: list[int], strides: list[int]) -> int:
-    """Return the samples that one frame of a stack of convolutions hears."""
-    window = 1
-    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
-        window = (window - 1) * stride + kernel
-    return window
-
-
-def _normalises(folder: Path) -> bool:
-    """Return whether samples are normalised; so they are where no file says otherwise, as in transformers."""
-    file = folder / "preprocessor_config.json"
-    if not file.exists():
-        return True
-    values = _json(file)
-    rate, normalise = values.get("sampling_rate", SAMPLE_RATE), values.get("do_normalize", True)
-    if rate != SAMPLE_RATE:
-        raise UserError(f"{file}: sampling_rate: got {rate!r}, wanted {SAMPLE_RATE}")
-    if not isinstance(normalise, bool):
-        raise UserError(f"{file}: do_normalize: got {normalise!r}, wanted true or false")
-    return normalise
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors, and an index that names files elsewhere."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = _json(index).get("weight_map")
-        files = set(map(str, names.values())) if isinstance(names, dict) else set()
-        for name in sorted(files):
-            if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-                raise UserError(f"{index}: weight_map: got {name!r}, wanted safetensors files in its folder")
-        if files:
-            return
-    if not (folder / "model.safetensors").is_file():
-        pickled = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        why = (
-            f"only pickled weights ({pickled[0]}), which can run code; save them as"
-            if pickled
-            else "no weights, wanted"
-        )
-        raise UserError(f"{folder}: {why} model.safetensors")
-
-
-def _groups(folder: Path, config: dict[str, Any], symbols: Sequence[str]) -> Tensor:
-    """Return the ids of the tokens that make each symbol, and last the blank: int64 [C, G], -1 behind the last."""
-    file = folder / "vocab.json"
-    vocabulary = _json(file)
-    size, blank = config.get("vocab_size", 32), config.get("pad_token_id", 0)
-    if not all(type(each) is int for each in vocabulary.values()):
-        raise UserError(f"{file}: wanted ids by token, as of one language")
-    settings = folder / "tokenizer_config.json"
-    delimiter = (_json(settings) if settings.exists() else {}).get("word_delimiter_token", "|")
-    places = {symbol: at for at, symbol in enumerate(symbols)}
-    found: list[list[int]] = [[] for _ in symbols]
-    silent = set(range(size)) if type(size) is int and 0 < size <= len(vocabulary) + 1024 else set()
-    if blank not in silent:
-        raise UserError(f"{folder / 'config.json'}: pad_token_id, the blank: got {blank!r} of vocab_size {size!r}")
-    for token, number in vocabulary.items():
-        name = _BOUNDARY if token == delimiter else token
-        place = next((places[each] for each in (name, name.lower(), name.upper()) if each in places), None)
-        if place is not None and number in silent and number != blank:
-            found[place].append(number)
-            silent.remove(number)
-    missing = [symbol for symbol, ids in zip(symbols, found, strict=True) if not ids]
-    if missing:
-        names = " ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        raise UserError(f"{file}: has no token for {len(missing)} of the {len(symbols)} symbols: {names}")
-    rows = [*found, sorted(silent)]
-    most = max(map(len, rows))
-    return torch.tensor([row + [-1] * (most - len(row)) for row in rows])
 
 
 def import_transformers() -> ModuleType:
@@ -300,7 +182,7 @@ def import_transformers() -> ModuleType:
                 for name in names:
                     getattr(transformers, name)  # imported when it is first asked for
     except ModuleNotFoundError as error:
-        raise UserError(f"a Hugging Face teacher needs transformers: {error}; pip install 'transformers>=5'") from None
+        raise UserError(f"{NO_TRANSFORMERS} ({error})") from None
     return transformers
 
 

@@ -20,6 +20,13 @@ from tests.speech.small_runs import small
 def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Prepares utterances of 0.5 s, in each part one of a given length, for a teacher that hears 1 s at once."""
     monkeypatch.setattr(huggingface, "MOST_SECONDS", 1)
+    # nothing is asked of it here: its weights are never opened
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    config = {"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"], "vocab_size": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "|": 1, "y": 2, "e": 3, "s": 4}))
+    (folder / "model.safetensors").touch()
     generator = np.random.default_rng(0)
 
     def prepared(train: float = 0.5, valid: float = 0.5, test: float = 0.5, **changes: Any) -> Prepared:
@@ -31,7 +38,7 @@ def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 lines.append(json.dumps({"id": name, "path": f"{name}.wav", "text": "yes", "duration": length}) + "\n")
             (tmp_path / f"{part}.jsonl").write_text("".join(lines))
         data = {"path": str(tmp_path), "skip_bad": changes.pop("skip_bad", False)}
-        teacher = changes.pop("teacher", {"path": "pretrained"})
+        teacher = changes.pop("teacher", {"path": str(folder)})
         given = {"views": [{}], "teacher": teacher, "data": data, **changes}
         return small("ctc_frame_level", tmp_path, tmp_path / "config", **given).prepared
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from apps.speech.features import SAMPLE_RATE, fbank, with_tail
 from apps.speech.models.base import output_lengths
-from apps.speech.models.huggingface import MODELS, HuggingFaceCtc, _pairs, import_transformers, longest_heard
+from apps.speech.models.huggingface import MODELS, HuggingFaceCtc, import_transformers, longest_heard, paired
 from apps.speech.units import Units
 from kdcore.config import UserError
 
@@ -130,15 +130,15 @@ def test_pairs_are_means_by_what_is_no_blank(rows):
     values = np.array(rows) / np.sum(rows, axis=1, keepdims=True)
     spoken = 1 - values[:, -1:]
     expected = (values[0::2] * spoken[0::2] + values[1::2] * spoken[1::2]) / (spoken[0::2] + spoken[1::2])
-    got = _pairs(torch.tensor(np.log(values), dtype=torch.float32)).exp().numpy()
+    got = paired(torch.tensor(np.log(values), dtype=torch.float32)).exp().numpy()
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_a_spike_beside_a_blank_keeps_its_height_and_blanks_stay_blanks():
     rows = torch.tensor([[0.98, 0.0, 0.02], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]).log()
-    got = _pairs(rows).exp()
+    got = paired(rows).exp()
     torch.testing.assert_close(got, torch.tensor([[0.98, 0.0, 0.02], [0.0, 0.0, 1.0]]), atol=1e-5, rtol=0)
-    assert _pairs(torch.empty(0, 3)).shape == (0, 3)
+    assert paired(torch.empty(0, 3)).shape == (0, 3)
 
 
 def test_normalisation_is_what_the_folder_says(folder):
