@@ -2,7 +2,7 @@
 
 Files are decoded by libsndfile and resampled by soxr, both as a stream: memory does not grow with the
 file. A file that is damaged is refused with its name and the reason; one that is merely bad (silent, clipped, offset)
-is read, and ``examine`` says what is wrong with it. No torch.
+is read, and ``Examination`` says what is wrong with it. No torch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ _OGG_PAGE = 65_307  # bytes of the largest
 _LOUDEST = 8.0  # a float file beyond that does not hold samples in [-1, 1]
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's word for a stream without a length
 _PLACEHOLDER = 0x7FFF0000  # the size that a program which writes to a pipe puts in a header
+# clipped audio reaches so far, and its clipped samples this share of the peak
+_CLIPPED_PEAK, _LOUD = 0.98, 0.985
+# levels of full scale, and the lowest one of a sample that may be clipped
+_LEVELS = 1 << 15
+_LEAST_LEVEL = int(_LOUD * _CLIPPED_PEAK * _LEVELS)
 _SHORT = re.compile(r"^\s*(?:data|SSND|Data [Ss]ize|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
@@ -136,25 +141,69 @@ class Resampler:
         return samples if self._stream is None else self._stream.resample_chunk(samples, last=last)
 
 
+class Examination:
+    """What is wrong with samples that can be read: silence, clipping, an offset; they come in packets of any size.
+
+    Only sums and counts are kept, and ``remarks`` does not depend on how the audio is cut.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum = 0.0
+        self._low, self._high = math.inf, -math.inf
+        # loud samples, and runs of three, by level: how loud a clipped sample is, only the peak of all of them tells
+        self._loud = self._runs = np.zeros(_LEVELS - _LEAST_LEVEL + 1, np.int64)
+        self._last = np.zeros(2, np.float32)
+
+    def accept(self, samples: np.ndarray) -> None:
+        """Take samples float32 [n] in [-1, 1], n >= 0."""
+        if not len(samples):
+            return
+        self._count += len(samples)
+        self._sum += float(samples.sum(dtype=np.float64))
+        low, high = float(samples.min()), float(samples.max())
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        if max(high, -low) * _LEVELS < _LEAST_LEVEL:  # most packets: nothing to count, nor across their edges
+            self._last = np.zeros(2, np.float32)
+            return
+        sizes = np.concatenate([self._last, np.abs(samples)])
+        self._loud = self._loud + _by_level(sizes[2:])
+        self._runs = self._runs + _by_level(np.minimum(np.minimum(sizes[2:], sizes[1:-1]), sizes[:-2]))
+        self._last = sizes[-2:].copy()  # not the whole packet
+
+    def remarks(self) -> list[str]:
+        """Return what is wrong with the samples so far, a remark each; nothing for good ones."""
+        if not self._count:
+            return ["no samples"]
+        mean, peak = self._sum / self._count, max(self._high, -self._low)
+        found = []
+        if abs(mean) >= 0.01:
+            found.append(f"DC offset of {100 * mean:+.1f} % of full scale")
+        # as float32: the mean of equal samples is theirs but for the rounding of the sum
+        swing = float(max(np.float32(self._high) - np.float32(mean), np.float32(mean) - np.float32(self._low)))
+        if swing < 1e-3:
+            level = f"peak {20 * math.log10(swing):.0f} dB" if swing > 0 else "digital"
+            found.append(f"silence ({level})")
+        if peak >= _CLIPPED_PEAK:
+            # three in a row near the peak: one loud sample is no clipping
+            least = int(_LOUD * min(peak, 1.0) * _LEVELS) - _LEAST_LEVEL
+            if self._runs[least:].sum() >= max(5, 5e-4 * self._count):
+                share = 100 * self._loud[least:].sum() / self._count
+                found.append(f"clipping ({share:.2f} % of the samples at the limit)")
+        return found
+
+
+def _by_level(sizes: np.ndarray) -> np.ndarray:
+    """Return how many of sizes float32 [n] have each level from ``_LEAST_LEVEL``."""
+    loud = np.minimum(sizes[sizes >= _LEAST_LEVEL / _LEVELS], 1.0) * _LEVELS
+    return np.bincount(loud.astype(np.int64) - _LEAST_LEVEL, minlength=_LEVELS - _LEAST_LEVEL + 1)
+
+
 def examine(samples: np.ndarray) -> list[str]:
-    """Return what is wrong with samples that can be read: silence, clipping, an offset; nothing for good ones."""
-    if not len(samples):
-        return ["no samples"]
-    peak, mean = float(np.abs(samples).max()), float(samples.mean(dtype=np.float64))
-    found = []
-    if abs(mean) >= 0.01:
-        found.append(f"DC offset of {100 * mean:+.1f} % of full scale")
-    swing = float(np.abs(samples - mean).max())
-    if swing < 1e-3:
-        level = f"peak {20 * math.log10(swing):.0f} dB" if swing > 0 else "digital"
-        found.append(f"silence ({level})")
-    if peak >= 0.98:
-        # three in a row near the peak: one loud sample is no clipping
-        loud = np.abs(samples) >= 0.985 * peak
-        runs = int(np.count_nonzero(loud[2:] & loud[1:-1] & loud[:-2]))
-        if runs >= max(5, 5e-4 * len(samples)):
-            found.append(f"clipping ({100 * np.count_nonzero(loud) / len(samples):.2f} % of the samples at the limit)")
-    return found
+    """Return what is wrong with whole audio, samples float32 [n] in [-1, 1], as ``Examination.remarks``."""
+    examination = Examination()
+    examination.accept(samples)
+    return examination.remarks()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from apps.speech.decode.words import Word
 from apps.speech.device.decoding import Decoder, Decoding
 from apps.speech.device.endpointing import Segment, Segmenter
 from apps.speech.device.folder import INPUTS, TOKENS, ExportedFolder
+from apps.speech.device.offset import OffsetRemover
 from apps.speech.device.spelling import Symbols
 from apps.speech.device.vad import Gate, GateOptions
 from apps.speech.features import FEATURES, SAMPLE_RATE, TAIL_MS, OnlineFeatures
@@ -72,6 +73,8 @@ class Recognizer:
         decoding: what to listen for.
         endpoint: where segments end (``decode.endpoint``); None for one segment, which grows with the audio.
         gate: leave out what nobody speaks in (``apps.speech.device.vad``); None hears everything.
+        remove_offset: take a constant offset out of the samples (``apps.speech.device.offset``). sherpa-onnx does not,
+            so that it may hear something else in the same audio.
 
     Raises:
         UserError: the folder as in ``ExportedFolder.open``, what the model is not, or a setting of ``decoding``.
@@ -86,6 +89,7 @@ class Recognizer:
         decoding: Decoding | None = None,
         endpoint: Sequence[Rule] | None = RULES,
         gate: GateOptions | None = None,
+        remove_offset: bool = False,
     ) -> None:
         if not 1 <= threads <= _MOST_THREADS:
             raise UserError(f"threads: got {threads}, wanted 1 to {_MOST_THREADS}")
@@ -94,10 +98,10 @@ class Recognizer:
         self.folder.verify(TOKENS, self.folder.model(int8).name)
         self.symbols = Symbols(self.folder.symbols)
         decoding = decoding or Decoding()
-        given = self.folder.confidence
+        given = self.folder.calibration(lexicon=bool(decoding.grammar or decoding.lm))
         calibration = Calibration(given["slope"], given["offset"]) if given else None
         self.decoder = Decoder(self.symbols, decoding, calibration)
-        self.endpoint, self.gate = endpoint, gate
+        self.endpoint, self.gate, self.remove_offset = endpoint, gate, remove_offset
         self.network = Network(self.folder, int8=int8, threads=threads)
 
     def stream(self) -> Stream:
@@ -136,6 +140,7 @@ class Stream:
     def __init__(self, recognizer: Recognizer) -> None:
         self._recognizer = recognizer
         network = recognizer.network
+        self._offset = OffsetRemover() if recognizer.remove_offset else None
         self._features = OnlineFeatures()
         self._segmenter = Segmenter(recognizer.decoder.search, recognizer.endpoint, delay_ms=recognizer.folder.delay_ms)
         self._gate = Gate(recognizer.gate) if recognizer.gate else None
@@ -194,7 +199,7 @@ class Stream:
         if not np.isfinite(samples).all():
             raise ValueError("samples: got NaN or infinity")
         self._samples += len(samples)
-        self._queue(samples)
+        self._queue(self._offset.accept(samples) if self._offset else samples)
 
     def end(self) -> None:
         """End the audio without hearing the rest yet: silence completes it, as in training, to whole windows."""

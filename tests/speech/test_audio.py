@@ -15,7 +15,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.speech.audio import audio_info, blocks, decode_audio, examine, read_audio, resample
+from apps.speech.audio import Examination, audio_info, blocks, decode_audio, examine, read_audio, resample
 from kdcore.config import UserError
 from tests.speech.peers import import_torchaudio
 
@@ -227,6 +227,34 @@ def test_examine_names_what_is_wrong() -> None:
     assert examine(speech + np.float32(0.1)) == ["DC offset of +10.0 % of full scale"]
     assert examine(np.full(500, 0.25, np.float32)) == ["DC offset of +25.0 % of full scale", "silence (digital)"]
     assert examine(np.zeros(0, np.float32)) == ["no samples"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 4000), max_size=20),
+    gain=st.sampled_from([0.0, 1e-4, 0.3, 30.0]),
+    offset=st.sampled_from([0.0, 0.02, -0.3]),
+    limit=st.sampled_from([1.0, 0.985]),
+)
+def test_packets_are_examined_as_the_whole(cuts: list[int], gain: float, offset: float, limit: float) -> None:
+    loud = np.linspace(0, 1, 4000, dtype=np.float32)  # the peak, and with it what is clipped, is known at the end only
+    samples = np.clip(gain * loud * tone(4000) + offset, -1, limit).astype(np.float32)
+    examination = Examination()
+    for part in np.split(samples, sorted(cuts)):
+        examination.accept(part)
+    assert examination.remarks() == examine(samples)
+    assert any("clipping" in each for each in examine(samples)) == (gain == 30.0)
+
+
+def test_an_examination_keeps_no_samples() -> None:
+    examination = Examination()
+    for _ in range(3):
+        examination.accept(np.ones(1 << 20, np.float32))
+    # a view would keep the packet that it is of
+    arrays = [
+        value if value.base is None else value.base for value in vars(examination).values() if hasattr(value, "base")
+    ]
+    assert sum(each.nbytes for each in arrays) < 1 << 16
 
 
 @pytest.mark.skipif(not AN4.is_dir(), reason="KD_DATA has no speech/an4")

@@ -63,6 +63,7 @@ class ExportedFolder:
         look_ahead_ms: milliseconds behind a frame that it may depend on.
         delay_ms: how long after the teacher's words this model emits them, which is taken off their times.
         confidence: slope and offset that make a word's confidence a probability; None where none were fitted.
+        confidence_lm: the same of words that a lexicon and a language model chose; None also in earlier exports.
         decode: settings of the run that are of use in decoding.
         self_test: {"audio": file, "text": {model file: what it hears there}}.
         files: every other file of the folder by name.
@@ -82,6 +83,7 @@ class ExportedFolder:
     look_ahead_ms: int
     delay_ms: int
     confidence: dict[str, float] | None
+    confidence_lm: dict[str, float] | None
     decode: dict[str, Any]
     self_test: dict[str, Any]
     files: dict[str, Listed]
@@ -119,6 +121,10 @@ class ExportedFolder:
         if name not in self.files:
             raise UserError(f"{self.path / name}: was not exported; the folder has {', '.join(self.models)}")
         return self.path / name
+
+    def calibration(self, *, lexicon: bool) -> dict[str, float] | None:
+        """Return slope and offset for words of a ``lexicon`` or of best paths; those of best paths where no other."""
+        return self.confidence_lm if lexicon and self.confidence_lm else self.confidence
 
     def verify(self, *names: str) -> None:
         """Raise UserError if one of these files was changed since the export, or comes from another one."""
@@ -164,6 +170,8 @@ def _read_about(root: Path) -> dict[str, Any]:
         raise UserError(f"{file}: format: got {_shown(values.get('format'))}, wanted {FORMAT}, as this version writes")
     found = {}
     for name, (wanted, fits) in _FIELDS.items():
+        if name not in values and name in _LATER:
+            values[name] = None
         if name not in values:
             raise UserError(f"{file}: {name}: is missing, wanted {wanted}")
         if not fits(values[name]):
@@ -315,6 +323,8 @@ def _files(value: Any) -> bool:
     return True
 
 
+# fields that earlier exports lack, where null says the same
+_LATER = ("confidence_lm",)
 # name -> (what is wanted, whether a value is that)
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("text", _text),
@@ -329,6 +339,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "look_ahead_ms": ("milliseconds", _count(0, 1 << 20)),
     "delay_ms": (f"milliseconds, at most {_LONGEST_DELAY}", _count(0, _LONGEST_DELAY)),
     "confidence": ("slope above 0 and offset, or null", _confidence),
+    "confidence_lm": ("slope above 0 and offset, or null", _confidence),
     "decode": ("settings", lambda value: isinstance(value, dict)),
     "self_test": ("a file and the text of each model", _self_test),
     "files": ("names of files in this folder with bytes and sha256", _files),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from apps.speech.audio import Examination
 from apps.speech.decode.words import Word
 from apps.speech.device.subtitles import clock, cues, paragraphs, srt, vtt
 from kdcore.config import UserError
@@ -29,18 +30,26 @@ Form = Callable[[Iterable["Update"]], Iterator[str]]
 class Listening:
     """The updates of a source of samples, to the end also where the source fails or is stopped.
 
-    ``problem`` is then what it failed of, and ``stop`` ends it after the block in hand.
+    ``problem`` is then what it failed of, and ``stop`` ends it after the block in hand. ``remarks`` are what is wrong
+    with the samples so far (``audio.Examination``).
     """
 
     def __init__(self, recognizer: Recognizer, blocks: Iterable[np.ndarray]) -> None:
         self._recognizer, self._blocks = recognizer, blocks
+        self._examination = Examination()
         self._stopped = False
         self.problem: UserError | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is wrong with the samples so far."""
+        return self._examination.remarks()
 
     def __iter__(self) -> Iterator[Update]:
         stream = self._recognizer.stream()
         try:
             for block in self._blocks:
+                self._examination.accept(block)
                 yield stream.accept(block)
                 if self._stopped:
                     break

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from apps.speech.audio import audio_info, blocks
+from apps.speech.audio import Examination, audio_info, blocks
 from apps.speech.decode.words import Word
 from apps.speech.device.pcm import Pcm
 from apps.speech.features import SAMPLE_RATE
@@ -63,11 +63,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a piece of audio: words by segment, times from the start of the piece."""
+    """What is said in a piece of audio: words by segment, times from the start of the piece.
+
+    ``remarks`` are what is wrong with the audio (``audio.Examination``), why its words may be.
+    """
 
     item: Item
     segments: tuple[tuple[Word, ...], ...]
     duration: float
+    remarks: tuple[str, ...] = ()
 
     @property
     def words(self) -> list[Word]:
@@ -87,6 +91,7 @@ class Transcript:
         row |= {"offset": item.offset} if item.offset is not None else {}
         row |= {"asked_duration": item.duration} if item.duration is not None else {}
         row |= {"channel": item.channel} if item.channel != "mix" else {}
+        row |= {"remarks": list(self.remarks)} if self.remarks else {}
         return row | {"words": self.words}
 
 
@@ -100,6 +105,7 @@ class Setup:
     decoding: Decoding
     endpoint: tuple[Rule, ...]
     gate: GateOptions | None = None
+    remove_offset: bool = False
 
     def recognizer(self) -> Recognizer:
         """Return the recogniser."""
@@ -112,6 +118,7 @@ class Setup:
             decoding=self.decoding,
             endpoint=self.endpoint,
             gate=self.gate,
+            remove_offset=self.remove_offset,
         )
 
     def about(self) -> dict[str, Any]:
@@ -130,17 +137,19 @@ class Setup:
             "word_score": decoding.word_score,
             "endpoint": [[rule.after_speech, rule.silence, rule.length] for rule in self.endpoint],
             "gate": vars(self.gate) if self.gate else None,
+            "remove_offset": self.remove_offset or None,  # as an output that was begun before there was the option
         }
 
 
 def transcribe(recognizer: Recognizer, item: Item) -> Transcript:
     """Return what is said in a piece of audio; errors as ``audio.blocks``."""
-    stream = recognizer.stream()
+    stream, examination = recognizer.stream(), Examination()
     segments: list[tuple[Word, ...]] = []
     for block in item.samples():
+        examination.accept(block)
         segments += [segment.words for segment in stream.accept(block).final]
     segments += [segment.words for segment in stream.finish().final]
-    return Transcript(item, tuple(segments), stream.seconds)
+    return Transcript(item, tuple(segments), stream.seconds, tuple(examination.remarks()))
 
 
 def transcribe_all(

@@ -15,7 +15,7 @@ from kdcore.command_line import EXIT_USAGE, example
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
-    from apps.speech.device.live import Form
+    from apps.speech.device.live import Form, Listening
     from apps.speech.device.transcribe import Item, Setup, Transcript
     from apps.speech.device.vad import GateOptions
     from apps.speech.runtime import Recognizer, Rule
@@ -97,6 +97,11 @@ def add_decoding(parser: Any) -> None:
         help="a segment ends after A s of silence at its start, B s after words, and at C s in any case "
         f"(default {_ENDPOINT})",
     )
+    parser.add_argument(
+        "--remove-offset",
+        action="store_true",
+        help="take a constant offset (DC) out of the audio before it is heard, as of hardware that adds one",
+    )
     parser.add_argument("--gate", action="store_true", help="do not run the network where nobody speaks")
     parser.add_argument(
         "--gate-rule",
@@ -168,7 +173,8 @@ def setup_of(args: argparse.Namespace) -> Setup:
         word_score=_given(args.word_score, known.get("word_score"), 0.0),
     )
     gate = _gate(args.gate_rule or _GATE) if args.gate or args.gate_rule else None
-    return Setup(os.fspath(args.model), not args.fp32, args.threads, decoding, _rules(args.endpoint), gate)
+    endpoint, model = _rules(args.endpoint), os.fspath(args.model)
+    return Setup(model, not args.fp32, args.threads, decoding, endpoint, gate, args.remove_offset)
 
 
 def _given(asked: float | None, exported: Any, otherwise: float) -> float:
@@ -263,7 +269,7 @@ def _one(args: argparse.Namespace, setup: Setup) -> int:
         except UserError as error:
             if error is not listening.problem:
                 raise
-    return _reported(listening.problem, args.skip_bad)
+    return _ended(listening, args.files[0], args.skip_bad)
 
 
 def _live(args: argparse.Namespace, setup: Setup) -> int:
@@ -285,7 +291,22 @@ def _live(args: argparse.Namespace, setup: Setup) -> int:
     listening = Listening(_recognizer(setup), source)
     with interrupt_stops(listening):
         write(listening, _form(args), sys.stdout)
-    return _reported(listening.problem, False)
+    return _ended(listening, "microphone" if args.mic else "standard input", False)
+
+
+def _ended(listening: Listening, name: str, skip_bad: bool) -> int:
+    """Say what is wrong with an input that was heard as it came, and return the exit code."""
+    if listening.problem is None:
+        _remark(name, listening.remarks)
+    return _reported(listening.problem, skip_bad)
+
+
+def _remark(name: str, remarks: Sequence[str]) -> None:
+    """Say in one line what is wrong with audio that could be heard."""
+    from apps.speech.device.live import printable
+
+    if remarks:
+        print(f"kd: {printable(name)}: {'; '.join(remarks)}", file=sys.stderr)
 
 
 def _reported(problem: UserError | None, skip_bad: bool) -> int:
@@ -359,6 +380,8 @@ def _print(args: argparse.Namespace, transcript: Transcript) -> None:
         text = f"{name}: {transcript.text}\n"
     sys.stdout.write(text)
     sys.stdout.flush()
+    if not args.json:  # whose row has them
+        _remark(transcript.item.audio, transcript.remarks)
 
 
 def _to_file(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) -> int:
@@ -397,4 +420,5 @@ def _subtitles(args: argparse.Namespace, setup: Setup, items: Sequence[Item]) ->
             bad += _reported(result, False) > 0
         else:
             write_text(paths[result.item], "".join((srt if args.srt else vtt)(cues(result.words))))
+            _remark(result.item.audio, result.remarks)
     return bad

@@ -38,7 +38,8 @@ async def listen(websocket: WebSocket, hub: Hub, settings: ServeSettings, metric
     """Serve one client until its stream has ended; return how: "end", "gone", "unread" or the code of an error.
 
     Messages to the client are JSON: ``partial`` and ``final`` with ``text``, ``words``, ``start`` and ``end`` in
-    seconds and ``heard``, the seconds of audio so far; then ``end``, or ``error`` with code and message.
+    seconds and ``heard``, the seconds of audio so far; then ``end``, with ``remarks`` where the audio is bad, or
+    ``error`` with code and message.
     """
     try:
         await websocket.accept()

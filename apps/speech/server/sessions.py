@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from apps.speech.audio import Examination
 from apps.speech.features import SAMPLE_RATE
 from apps.speech.server.settings import ServiceError
 from apps.speech.server.sources import Source
@@ -70,6 +71,7 @@ class Session:
         self.moved = self._more = self._exhausted = False
         self._said = ""
         self._final_end = self._since = 0.0
+        self._examination = Examination()
         self._ended = False
 
     # what the event loop calls
@@ -165,6 +167,7 @@ class Session:
 
     def _queue(self, samples: np.ndarray) -> None:
         room = max(0, round((self._max_seconds - self._stream.seconds) * SAMPLE_RATE))
+        self._examination.accept(samples[:room])
         self._stream.queue(samples[:room])
         if len(samples) > room:
             self._spoil(ServiceError(413, "too_long", f"wanted at most {self._max_seconds:g} s of audio"))
@@ -225,6 +228,8 @@ class Session:
         content: dict[str, Any] = {"type": "end", "heard": round(self._stream.seconds, 3)}
         if torn := self._source.torn:
             content["warning"] = f"the audio ends within {torn}, which is left out"
+        if remarks := self._examination.remarks():
+            content["remarks"] = remarks
         return Message(content, True)
 
     def fail(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from apps.speech.audio import audio_info, blocks
+from apps.speech.audio import Examination, audio_info, blocks
 from apps.speech.device.subtitles import cues, srt, vtt
 from apps.speech.server.containers import WebM
 from apps.speech.server.forms import Form, read_form
@@ -74,10 +74,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Heard:
-    """What was said: segments, and the length of the audio in seconds."""
+    """What was said: segments, the length of the audio in seconds, and what is wrong with it."""
 
     segments: tuple[Segment, ...]
     seconds: float
+    remarks: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -98,6 +99,7 @@ class Heard:
                 content["words"] = words
             if "segment" in wanted.granularities:
                 content["segments"] = [_segment(*each) for each in enumerate(self.segments)]
+            content |= {"remarks": list(self.remarks)} if self.remarks else {}
         # json.dumps in one go would let no other thread run till its end
         pieces = json.JSONEncoder(ensure_ascii=False).iterencode(content)
         return Response("".join(pieces), media_type="application/json")
@@ -215,7 +217,7 @@ def _shown(name: str) -> str:
 
 def transcribe(recognizer: Recognizer, path: Path, name: str, max_seconds: float) -> Iterator[Heard | None]:
     """Yield None after each turn, then what is said in a file. ServiceError for what is no audio, or too long."""
-    stream = recognizer.stream()
+    stream, examination = recognizer.stream(), Examination()
     segments: list[Segment] = []
     turn = 0.0
     too_long = ServiceError(413, "too_long", f"{name}: wanted at most {max_seconds:g} s of audio", "file")
@@ -225,6 +227,7 @@ def transcribe(recognizer: Recognizer, path: Path, name: str, max_seconds: float
         for block in _samples(path):
             if stream.seconds + len(block) / 16_000 > max_seconds:
                 raise too_long
+            examination.accept(block)
             segments += stream.accept(block).final
             if stream.seconds >= turn + _TURN_SECONDS:
                 turn = stream.seconds
@@ -234,7 +237,7 @@ def transcribe(recognizer: Recognizer, path: Path, name: str, max_seconds: float
         message = f"{name}{message[5:]}" if message.startswith("audio:") else message
         raise ServiceError(422, "unreadable", message, "file") from None
     segments += stream.finish().final
-    yield Heard(tuple(segments), stream.seconds)
+    yield Heard(tuple(segments), stream.seconds, tuple(examination.remarks()))
 
 
 def _stated_seconds(path: Path) -> float | None:

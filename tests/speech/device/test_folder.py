@@ -147,6 +147,7 @@ def test_a_huge_description_is_not_read(folder: Path) -> None:
         ({"confidence": {"slope": 1.0}}, "confidence: got {'slope': 1.0}, wanted slope above 0 and offset, or null"),
         ({"confidence": {"slope": -1, "offset": 0}}, "confidence: got {'slope': -1, 'offset': 0}"),
         ({"confidence": {"slope": 0.0, "offset": 0}}, "confidence: got"),
+        ({"confidence_lm": {"slope": 1.0}}, "confidence_lm: got {'slope': 1.0}, wanted slope above 0 and offset"),
         ({"confidence": {"slope": 1.0, "offset": "0"}}, "confidence: got"),
         ({"confidence": {"slope": 10**400, "offset": 0}}, "confidence: got"),
         ({"decode": []}, "decode: got \\[\\]"),

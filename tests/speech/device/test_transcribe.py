@@ -569,3 +569,70 @@ def test_an_empty_manifest_says_so(folder: Path, tmp_path: Path, content: str) -
     with pytest.raises(UserError, match=r"empty.jsonl: holds no row"):
         run(folder, "--json", "--out", str(out), "--manifest", str(manifest))
     assert not out.exists()
+
+
+@pytest.fixture
+def remarkable(tmp_path: Path) -> list[str]:
+    """A good file, one with an offset, and a silent one."""
+    files = {"good.wav": spoken("yes no"), "shifted.wav": spoken("yes no") + np.float32(0.1), "silent.wav": silence(1)}
+    for name, samples in files.items():
+        soundfile.write(tmp_path / name, samples, 16_000)
+    return [str(tmp_path / name) for name in files]
+
+
+OFFSET, SILENT = "DC offset of +10.0 % of full scale", "silence (digital)"
+
+
+def test_rows_say_what_is_wrong_with_the_audio(
+    folder: Path, remarkable: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = [None, [OFFSET], [SILENT]]
+    assert run(folder, "--json", *remarkable) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line).get("remarks") for line in out.splitlines()] == wanted and not err
+    manifest, output = tmp_path / "all.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps({"audio_filepath": name, "offset": 0.1, "duration": 0.8}) + "\n" for name in remarkable]
+    manifest.write_text("".join(lines), encoding="utf-8")
+    assert run(folder, "--manifest", str(manifest), "--out", str(output), "--jobs", "2") == 0
+    assert [row.get("remarks") for row in rows(output)] == wanted
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["", "--timestamps", "--paragraphs", "--srt"])
+def test_a_line_a_file_says_what_is_wrong_with_the_audio(
+    folder: Path, remarkable: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    words = [form] if form else []
+    more = ["--out", str(tmp_path / "cues")] if form == "--srt" else []
+    _, shifted, silent = remarkable
+    assert run(folder, *words, *more, *remarkable) == 0
+    assert capsys.readouterr().err == f"kd: {shifted}: {OFFSET}\nkd: {silent}: {SILENT}\n"
+    for name, line in zip(remarkable, ["", f"kd: {shifted}: {OFFSET}\n", f"kd: {silent}: {SILENT}\n"], strict=True):
+        assert run(folder, *words, name) == 0
+        out, err = capsys.readouterr()
+        assert err == line and bool(out) == (name != silent)
+
+
+def test_live_audio_is_examined_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = np.round((spoken("yes no") + 0.1) * 32768).astype("<i2").tobytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(folder, "--stdin-pcm") == 0
+    assert capsys.readouterr() == ("yes no\n", f"kd: standard input: {OFFSET}\n")
+
+
+def test_an_offset_is_removed_where_it_is_asked_for(folder: Path, remarkable: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    made = [setup_of(parsed(folder, "a.wav", *words)) for words in ([], ["--remove-offset"])]
+    assert [each.recognizer().remove_offset for each in made] == [False, True]
+    assert run(folder, "--remove-offset", "--out", str(out), "--json", remarkable[0]) == 0
+    with pytest.raises(UserError, match="was made with another remove_offset"):
+        run(folder, "--out", str(out), *remarkable)
+    # an output from before there was the option is gone on with
+    settings_file = tmp_path / "out.jsonl.settings.json"
+    about = json.loads(settings_file.read_text(encoding="utf-8"))
+    del about["remove_offset"]
+    settings_file.write_text(json.dumps(about), encoding="utf-8")
+    assert run(folder, "--out", str(out), *remarkable) == 0
+    assert [row["text"] for row in rows(out)] == ["yes no", "yes no", ""]

@@ -125,6 +125,8 @@ def test_a_service_that_is_full_says_so_and_a_lost_one_too(page: Any, served: Se
         hub.max_streams = before
     page.locator("#toggle").click()
     expect(page.locator("#status")).to_have_text("Listening. Speak.")
+    while not hub.sessions:  # the page may say so before the service has begun
+        page.wait_for_timeout(10)
     (session,) = hub.sessions
     session.fail()
     expect(page.locator("#status")).to_have_text("the service failed")

@@ -88,7 +88,16 @@ def test_silence_has_no_words(served: Served) -> None:
     data = wav(silence(2))
     assert post(served, data).json() == {"text": ""}
     assert post(served, data, response_format="srt").text == ""
-    assert post(served, data, response_format="verbose_json").json()["segments"] == []
+    verbose = post(served, data, response_format="verbose_json").json()
+    assert (verbose["segments"], verbose["remarks"]) == ([], ["silence (digital)"])
+
+
+def test_what_is_wrong_with_the_audio_is_in_verbose_json(served: Served) -> None:
+    data = wav(AUDIO + np.float32(0.1))
+    assert post(served, data).json() == {"text": "yes no day"}  # as the OpenAI API has it, and no more
+    verbose = post(served, data, response_format="verbose_json").json()
+    assert verbose["remarks"] == ["DC offset of +10.0 % of full scale"]
+    assert "remarks" not in post(served, wav(AUDIO), response_format="verbose_json").json()
 
 
 def test_what_is_no_audio_is_said_with_the_name_of_the_client(served: Served) -> None:
