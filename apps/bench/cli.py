@@ -11,6 +11,9 @@ from typing import Any
 from kdcore.command_line import Parser, example
 from kdcore.run import provenance, write_json
 
+# what --json alone means
+_STDOUT = Path("-")
+
 
 def main(words: list[str]) -> int:
     """Run ``kd bench`` with the given words and return the exit code."""
@@ -20,7 +23,14 @@ def main(words: list[str]) -> int:
         epilog=example("kd bench losses", "kd bench losses --json benchmarks/results/losses.json"),
     )
     parser.add_argument("what", choices=["losses"], help="losses: speed, memory and the teacher cache")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="print the result as JSON, and the tables on stderr; with a file, write it there instead",
+    )
     parser.add_argument("--repeats", type=_at_least_15, default=21, help="timings of each, at least 15 (default 21)")
     return bench(parser.parse_args(words))
 
@@ -39,7 +49,8 @@ def bench(args: argparse.Namespace) -> int:
     from apps.bench.memory import in_a_process
 
     result: dict[str, Any] = {"benchmark": "losses", "speed": measure(args.repeats)}
-    console = Console()
+    file = None if args.json == _STDOUT else args.json
+    console = Console(stderr=args.json == _STDOUT)
     _print_speed(result["speed"], console)
     for name in ("imports", "relations", "top_cache", "full_cache"):
         try:
@@ -47,11 +58,11 @@ def bench(args: argparse.Namespace) -> int:
         except subprocess.CalledProcessError as error:
             result[name] = {"skipped": error.stderr.strip().splitlines()[-1]}
         console.print(f"{name}: {json.dumps(result[name])}", highlight=False, soft_wrap=True)
-    result["provenance"] = provenance(
-        command=["kd", "bench", "losses", *(["--json", str(args.json)] if args.json else [])]
-    )
-    if args.json:
-        write_json(args.json, result)
+    result["provenance"] = provenance(command=["kd", "bench", "losses", *(["--json", str(file)] if file else [])])
+    if file:
+        write_json(file, result)
+    elif args.json:
+        print(json.dumps(result, indent=2))
     return 0
 
 

@@ -324,7 +324,9 @@ def _add_bench(verbs: Any) -> None:
     )
     whats = ("quality", "beauty", "train", "teachers", "evaluate", "serve")
     parser.add_argument("what", choices=whats, help="which benchmark")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", metavar="FILE", help="print the result as JSON; with a file, write it there too"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
     parser.add_argument("--quick", action="store_true", help="serve: small and short, to see that it works")
     parser.add_argument("--only", default="", help="serve: some of its parts, joined by commas")

@@ -334,8 +334,10 @@ def _lm(args: argparse.Namespace) -> int:
     if not MIN_ORDER <= args.order <= MAX_ORDER:
         raise UserError(f"--order: got {args.order}, wanted {MIN_ORDER} to {MAX_ORDER}")
     rules = TextRules()
-    texts = [rules.normalise(line) for file in args.text for line in read_sentences(file)]
-    write_arpa(args.out, [text for text in texts if text], args.order)
+    texts = [text for file in args.text for line in read_sentences(file) if (text := rules.normalise(line))]
+    if not texts:
+        raise UserError(f"{', '.join(map(str, args.text))}: no word to build a language model from")
+    write_arpa(args.out, texts, args.order)
     print(args.out)
     return 0
 
@@ -347,7 +349,9 @@ def _add_bench(verbs: Any) -> None:
         epilog=example("kd speech bench quality --json benchmarks/results/speech_quality.json"),
     )
     parser.add_argument("what", choices=("quality", "train", "digits", "noise", "runtime"), help="which benchmark")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", metavar="FILE", help="print the result as JSON; with a file, write it there too"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
     parser.add_argument(
         "--only", default="", help="some of the recipes of quality, or of the models of digits (student_alone)"

@@ -100,6 +100,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert result["imports"] == {"name": "imports"}
     assert result["provenance"]["command"][:3] == ["kd", "bench", "losses"]
     assert "a peer: skipped, not installed" in capsys.readouterr().out
+    assert main(["bench", "losses", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["imports"] == {"name": "imports"} and "a peer: skipped" in err
     assert main(["bench", "losses", "--repeats", "3"]) == 2
     assert "at least 15" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from apps.cli import main
-from apps.recsys import fitting
+from apps.recsys import bench, fitting
 from kdcore.run import read_json, read_log
 from tests.recsys.tiny_run import N_ITEMS, N_USERS, PER_USER, write_log
 
@@ -338,3 +338,13 @@ def test_results_on_stdout_progress_on_stderr(log: Path, tmp_path: Path) -> None
     )
     assert (done.returncode, json.loads(done.stdout)) == (0, {"run": str(tmp_path / "run")})
     assert "fitting teacher (ease)" in done.stderr
+
+
+def test_a_benchmark_prints_json_and_writes_it_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bench.BENCHMARKS, "train", lambda work: {"cost": 1.04})
+    for more in ([], ["--json"], ["--json", str(tmp_path / "train.json")]):
+        assert main(["recsys", "bench", "train", *more]) == 0
+        assert json.loads(capsys.readouterr().out)["cost"] == 1.04
+    assert read_json(tmp_path / "train.json")["cost"] == 1.04 and len(list(tmp_path.iterdir())) == 1

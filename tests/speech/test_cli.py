@@ -80,6 +80,27 @@ def test_a_language_model_from_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert set(check_arpa(out)) == {1, 2} and "enter" in out.read_text(encoding="utf-8")
 
 
+def test_texts_without_a_word_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p.txt", "q.txt"):
+        (tmp_path / name).write_text("!!! ...\n", encoding="utf-8")
+    assert main(["speech", "lm", "--text", "p.txt", "q.txt", "--out", "lm.arpa"]) == 2
+    assert capsys.readouterr().err == "kd: error: p.txt, q.txt: no word to build a language model from\n"
+
+
+def test_a_benchmark_prints_json_and_writes_it_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apps.speech.bench.train", lambda work: {"cost": 1.04})
+    for more in ([], ["--json"], ["--json", str(tmp_path / "train.json")]):
+        assert main(["speech", "bench", "train", *more]) == 0
+        assert json.loads(capsys.readouterr().out)["cost"] == 1.04
+    assert json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))["cost"] == 1.04
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_several_corpora_as_shards_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (str(simulate(tmp_path / name, utterances=24, seed=seed)) for seed, name in enumerate("ab"))
     out = str(tmp_path / "shards")

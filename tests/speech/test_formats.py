@@ -123,6 +123,7 @@ BAD = {
     '{"audio_filepath": "b.wav", "duration": 1' + "0" * 400 + "}": "row 2: duration: got 100000",
     '{"audio_filepath": "b.wav", "offset": 9}': "row 2: offset: begins at 9 s, after the end of",
     '{"audio_filepath": "a.wav", "id": "a"}': "row 2: id: 'a' stands there twice",
+    '{"audio_filepath": "none.wav"}': "row 2: audio_filepath: {folder}/none.wav has no samples",
     '{"audio_filepath": "no.wav"}': "row 2: audio_filepath: {folder}/no.wav: cannot be read as audio",
     "[" * 100_000: "row 2: is no JSON",
     '{"duration": 1' + "0" * 5000 + "}": "row 2: is no JSON",
@@ -135,6 +136,7 @@ def test_a_bad_row_is_named_or_counted(tmp_path: Path, line: str) -> None:
     for name in ("a.wav", "b.wav", "c.wav"):
         audio(tmp_path / name)
     text(tmp_path / "no.wav", "not audio " * 50)
+    audio(tmp_path / "none.wav", seconds=0.0)
     good = [{"audio_filepath": name, "text": "yes", "id": name[0]} for name in ("a.wav", "c.wav")]
     path = manifest(tmp_path / "all.jsonl", good[0], line, good[1])
     with pytest.raises(UserError) as caught:

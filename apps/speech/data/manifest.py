@@ -103,9 +103,8 @@ def _checked(row: Row, headers: _Headers) -> Utterance:
         except UserError as error:
             raise row.bad("bad audio", "audio", str(error)) from None
         if duration <= 0:
-            whole = (
-                "has no samples" if not offset else f"begins at {offset:g} s, after the end of {headers.folder / audio}"
-            )
+            file = headers.folder / audio
+            whole = f"begins at {offset:g} s, after the end of {file}" if offset else f"{file} has no samples"
             raise row.bad("bad audio", "offset" if offset else "audio", whole)
     name = _text(row, "id") or _made_id(audio, offset)
     extra = {key: value for key, value in row.extra.items() if key not in FIELDS}

@@ -159,7 +159,7 @@ def _readable(
 
 
 def spellable(corpus: Corpus, units: Units, rules: TextRules, *, skip_bad: bool) -> tuple[Corpus, list[str]]:
-    """Return the utterances that CTC can be trained on, and what the others are: too long a text for their frames.
+    """Return the utterances that CTC can be trained on, and what is wrong with the text of each of the others.
 
     Raises:
         UserError: a text has a symbol outside the units and ``skip_bad`` is off.
@@ -174,7 +174,8 @@ def spellable(corpus: Corpus, units: Units, rules: TextRules, *, skip_bad: bool)
     counts = (("outside the units", len(outside)), ("longer text than frames", len(short)))
     left_out = (*corpus.left_out, *(LeftOut(reason, None, count) for reason, count in counts if count))
     kept = known.select(lambda each: each.id not in names)
-    return replace(kept, left_out=left_out), [str(each) for each in short]
+    problems = [*(f"{name}: {problem}" for name, problem in outside.items()), *map(str, short)]
+    return replace(kept, left_out=left_out), problems
 
 
 def unwritable(corpus: Corpus, units: Units, rules: TextRules) -> dict[str, list[str]]:
