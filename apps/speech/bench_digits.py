@@ -127,7 +127,7 @@ def _found(pipeline: Pipeline, role: str, words: str, digits: str) -> Found:
             hit = bool(said) and " ".join(said[0].words) == utterance.text
             right, count = counts.get(speaker, (0, 0))
             counts[speaker] = right + hit, count + 1
-    scores = measurement.greedy("test", heard)
+    scores = measurement.greedy("test", heard).scores
     return Found(counts, scores.part(np.array([name.startswith(f"{words}/") for name in scores.ids])))
 
 

@@ -13,6 +13,10 @@ from numpy.typing import ArrayLike
 
 from apps.speech.alignment import align
 
+# way of decoding -> the file beside a model that has the calibration of its words: as sure as a best path is of a word,
+# it is right less often than where a language model chose it
+CALIBRATIONS = {"wer": "calibration.json", "wer_lm": "calibration_lm.json"}
+
 
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 10) -> float:
     """Return the mean over words [M] of |share of right words - mean confidence| in ``bins`` equal parts of [0, 1].

@@ -302,7 +302,7 @@ def _percent(value: float) -> str:
 
 
 def _interval(low: float | None, high: float | None, sign: str = "") -> str:
-    return "" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+    return "none" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
 # -- facts of a run ----------------------------------------------------------------------------------------------------

@@ -122,8 +122,10 @@ class Scores:
     ) -> Estimate:
         """Return the rate with its bootstrap interval, resampling utterances or whole speakers (``by``).
 
-        Percentiles, widened for small numbers of units (``_widened``). Ten speakers of very uneven rates still get
-        less than is said: 92 % where 95 % is asked for, in simulation.
+        Percentiles, widened for small numbers of units (``_widened``), but not below 0, which no rate is. Ten speakers
+        of very uneven rates still get less than is said: 92 % where 95 % is asked for, in simulation. There is no
+        interval where all units have one rate, as where no error was seen: resamples then say nothing of how far it
+        may be from the truth.
 
         Raises: UserError as ``counts``, and if an utterance names no speaker.
         """
@@ -133,9 +135,13 @@ class Scores:
             return Estimate(value, None, None, level, 1, 1, f"one {by}: no interval")
         totals = _resampled(np.stack([errors, length], axis=1), n_resamples, np.random.default_rng(seed))
         totals = totals[totals[:, 1] > 0]  # a draw of empty references only has no rate
-        low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - level) / 2, (1 + level) / 2])
+        rates = totals[:, 0] / totals[:, 1]
+        if rates.min() == rates.max():
+            return Estimate(value, None, None, level, 1, n_units, f"all {by}s have one rate: no interval")
+        low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
         method = f"bootstrap of {n_units:,} {by}s, {n_resamples:,} resamples"
-        return _widened(Estimate(value, float(low), float(high), level, 1, n_units, method))
+        found = _widened(Estimate(value, float(low), float(high), level, 1, n_units, method))
+        return replace(found, low=max(0.0, found.low or 0.0))
 
     def save(self, path: str | Path) -> None:
         """Write one line of JSON an utterance, atomically."""
@@ -220,7 +226,8 @@ def compare(
 
     ``a`` and ``b`` are the same system's scores of several seeds each, in the same order, all of the same utterances;
     a system that was run once is compared with every seed of the other. Units (``by``) are resampled and the luck
-    of training is added (``kdcore.statistics.paired_bootstrap``); then widened as ``Scores.interval``.
+    of training is added (``kdcore.statistics.paired_bootstrap``); then widened as ``Scores.interval``. Where all
+    seeds have the same errors in every unit, the interval is the point 0.
 
     Raises: UserError as ``seed_scores``.
     """

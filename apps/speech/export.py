@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from apps.speech.alignment import align
+from apps.speech.calibration import CALIBRATIONS
 from apps.speech.card import Card, ModelFile, RunFacts, render, run_facts
 from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.greedy import greedy
@@ -112,15 +113,21 @@ def export(
     if chunk_ms is not None:
         _set_chunk(model, chunk_ms)
         facts = replace(facts, delays={})  # which were measured in the chunks of training
-    file = run / role / "calibration.json"
-    calibration = Calibration(**read_json(file)) if file.exists() else None
-    file = run / role / "delay.json"
+    # of the seed's own model: what a later evaluation wrote is not beside its copy at the top of the run
+    beside = run / "seeds" / str(facts.seed) / role
+    calibration, calibration_lm = (_calibration(beside / name) for name in CALIBRATIONS.values())
+    file = beside / "delay.json"
     delay_ms = int(read_json(file)["delay_ms"]) if file.exists() else 0
     decode = _decoding(pipeline, role, facts.seed)
     clips, name = _clips(pipeline), name or run.name
-    given: dict[str, Any] = {"calibration": calibration, "delay_ms": delay_ms, "decode": decode}
+    given: dict[str, Any] = {"calibration": calibration, "calibration_lm": calibration_lm}
+    given |= {"delay_ms": delay_ms, "decode": decode}
     export_model(model, units, out, clips, name, **given, run=facts, only=only)
     return out
+
+
+def _calibration(file: Path) -> Calibration | None:
+    return Calibration(**read_json(file)) if file.exists() else None
 
 
 def _set_chunk(model: StreamingModel, chunk_ms: int) -> None:
@@ -144,6 +151,7 @@ def export_model(
     name: str,
     *,
     calibration: Calibration | None = None,
+    calibration_lm: Calibration | None = None,
     delay_ms: int = 0,
     decode: Mapping[str, Any] | None = None,
     run: RunFacts | None = None,
@@ -154,7 +162,8 @@ def export_model(
     Options:
         clips: recordings on which parity is proved and both models are compared, the first thousand; one of them
             becomes the self-test.
-        calibration: what makes confidences probabilities.
+        calibration: what makes confidences of best paths probabilities.
+        calibration_lm: the same of words of a lexicon and a language model.
         delay_ms: how long after a word the model emits it.
         decode: settings of use in decoding, as they are stored.
         run: what the card says of data, training and accuracy.
@@ -193,7 +202,7 @@ def export_model(
             run=run,
         )
         write_text(folder / CARD, render(card))
-        about = {**_about(card, calibration), "delay_ms": delay_ms, "decode": dict(decode or {})}
+        about = {**_about(card, calibration, calibration_lm), "delay_ms": delay_ms, "decode": dict(decode or {})}
         test = {"audio": CLIP, "text": card.clip_texts}
         write_json(folder / ABOUT, {**about, "self_test": test, "files": _checksums(folder)})
 
@@ -206,7 +215,7 @@ def _keep(folder: Path, only: str | None) -> tuple[str, ...]:
     return kept
 
 
-def _about(card: Card, calibration: Calibration | None) -> dict[str, Any]:
+def _about(card: Card, calibration: Calibration | None, calibration_lm: Calibration | None) -> dict[str, Any]:
     """Return what ``kdsuite.json`` says of the model."""
     frames = card.chunk_ms // FRAME_MS * SUBSAMPLING
     return {
@@ -218,8 +227,13 @@ def _about(card: Card, calibration: Calibration | None) -> dict[str, Any]:
         "subsampling_factor": SUBSAMPLING,
         "chunk_ms": card.chunk_ms,
         "look_ahead_ms": card.look_ahead_ms,
-        "confidence": {"slope": calibration.scale, "offset": calibration.offset} if calibration else None,
+        "confidence": _slope(calibration),
+        "confidence_lm": _slope(calibration_lm),
     }
+
+
+def _slope(calibration: Calibration | None) -> dict[str, float] | None:
+    return {"slope": calibration.scale, "offset": calibration.offset} if calibration else None
 
 
 @torch.no_grad()

@@ -20,9 +20,10 @@ from apps.speech.data.store import FeatureStore
 from apps.speech.decode.greedy import greedy
 from apps.speech.distill import Lessons, SpeechStep, Utterances
 from apps.speech.features import SILENCE
+from apps.speech.latency import ComputeTime
 from apps.speech.models import AcousticModel, new_model
 from apps.speech.models.attention import AttentionCtc
-from apps.speech.models.base import output_lengths
+from apps.speech.models.base import StreamingModel, output_lengths
 from apps.speech.units import Units
 from kdcore.teaching import Taps, Term, keep_rounded, round_weights
 from kdcore.trainer import Trainer
@@ -86,6 +87,26 @@ def all_log_probs(model: AcousticModel, store: FeatureStore) -> Iterator[tuple[i
         rows = order[start:stop].tolist()
         yield from zip(rows, ask(model, [store[row] for row in rows])["log_probs"], strict=True)
         start = stop
+
+
+def streaming_seconds(model: StreamingModel, features: Sequence[np.ndarray]) -> float:
+    """Return the seconds of one core that a model takes for utterances [T, 80], one by one, in its own chunks.
+
+    One thread does it, as on a device: several would spin for each other in steps as small as these, and all of them
+    are counted.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if len(features):
+            # what happens at a first call only is no cost of streaming
+            model.stream(torch.from_numpy(np.array(features[0][: 8 * model.chunk_frames])))
+        with ComputeTime() as spent:
+            for each in features:
+                model.stream(torch.from_numpy(np.array(each)))
+    finally:
+        torch.set_num_threads(threads)
+    return spent.seconds
 
 
 def greedy_texts(model: AcousticModel, store: FeatureStore, units: Units) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from apps.speech import fitting
-from apps.speech.calibration import expected_calibration_error, word_outcomes
+from apps.speech.calibration import CALIBRATIONS, expected_calibration_error, word_outcomes
 from apps.speech.decode.confidence import Calibration
+from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import greedy
 from apps.speech.decode.lexicon import WordDecoder
 from apps.speech.decode.ngram import write_arpa
@@ -38,22 +41,36 @@ from kdcore.run import metric_row, read_json, write_json
 
 # the ways a transcript is made
 DECODINGS = ("wer", "wer_lm")
+# metrics with intervals, and the way of decoding of each
+COMPARED = (("wer", "wer"), ("cer", "wer"), ("wer_lm", "wer_lm"))
+# utterances of a part that a streaming model is timed on, and their seconds at most
+_TIMED, _TIMED_SECONDS = 20, 60.0
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What a model says of a part: log-posteriors [T', C] of every utterance, and the seconds of one core it took."""
+    """What a model says of a part: log-posteriors [T', C] of every utterance by frames of ``frame_ms``, and its cost.
+
+    ``real_time_factor`` is seconds of one core per second of audio, of what ``timed`` says.
+    """
 
     log_probs: list[np.ndarray]
-    cpu_seconds: float
+    real_time_factor: float
+    timed: str = ""
+    frame_ms: int = FRAME_MS
+
+    def words(self, path: Hypothesis, symbols: Sequence[str], words: Sequence[str] | None = None) -> list[Word]:
+        """Return the words of what was decoded of an utterance, with times and confidences."""
+        return timed_words(path, symbols, words=words, frame_seconds=self.frame_ms / 1000)
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a model has for itself, from validation: weights of language model and words, and its calibration."""
+class Decoded:
+    """What one way of decoding makes of a part: its errors, the words' confidences, and whether each is right, [M]."""
 
-    weights: tuple[float, float] | None
-    calibration: Calibration | None
+    scores: Scores
+    confidences: np.ndarray
+    right: np.ndarray
 
 
 class Measurement:
@@ -77,21 +94,34 @@ class Measurement:
         return sorted({word for text in self.prepared.texts("train") for word in text.split()})
 
     def hear(self, cell: Cell, part: str) -> Heard:
-        """Return what the model of a cell says of a part."""
+        """Return what the model of a cell says of a part.
+
+        A streaming model is timed in its chunks on the first utterances, any other one on all of them, whole.
+        """
         store = self.prepared.store(part, self.config.test_view)
+        durations = [each.duration for each in self.prepared.corpora[part].utterances]
+        timed, frame_ms = f"network only, {_threads()}, whole utterances in batches", FRAME_MS
         if cell.role == "teacher":
             teacher, view = self.pipeline.teach(cell.seed), self.config.tested_view("teacher")
             found: dict[int, np.ndarray] = {}
+            frame_ms = teacher.frame_ms
             with ComputeTime() as spent:
                 for start in range(0, len(store), 16):
                     rows = range(start, min(start + 16, len(store)))
-                    said = teacher.ask(self.prepared, part, view, rows)["log_probs"]
+                    said = teacher.ask(self.prepared, part, view, rows, frame_ms=frame_ms)["log_probs"]
                     found.update(zip(rows, said, strict=True))
         else:
             model, _ = load_model(cell.folder)
             with ComputeTime() as spent:
                 found = dict(fitting.all_log_probs(model, store))
-        return Heard([found[row] for row in range(len(store))], spent.seconds)
+            if isinstance(model, StreamingModel):
+                # posteriors are those of streaming, but many utterances at once cost far less than one step by step
+                first = _first(durations)
+                durations = [durations[row] for row in first]
+                spent = ComputeTime(fitting.streaming_seconds(model, [store[row] for row in first]))
+                timed = f"network only, one thread, in chunks of {model.chunk_frames * FRAME_MS} ms"
+        said = [found[row] for row in range(len(store))]
+        return Heard(said, real_time_factor(spent.seconds, sum(durations)), timed, frame_ms)
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return by role what the first seed's model takes to hear the longest utterance of the test part.
@@ -122,46 +152,50 @@ class Measurement:
                 utterances[place] = replace(each, extra={**each.extra, "snr": snr})
         return score(utterances, texts, self.config.data.text)
 
-    def greedy(self, part: str, heard: Heard) -> Scores:
-        """Return the errors of best paths."""
-        return self.scored(part, [self.prepared.units.decode(greedy(each).ids) for each in heard.log_probs])
+    def greedy(self, part: str, heard: Heard) -> Decoded:
+        """Return what best paths give."""
+        paths = [greedy(each) for each in heard.log_probs]
+        words = [heard.words(path, self.prepared.units.symbols) for path in paths]
+        return self._decoded(part, [self.prepared.units.decode(path.ids) for path in paths], words)
 
-    def with_lm(self, part: str, heard: Heard, weights: tuple[float, float]) -> Scores:
-        """Return the errors with lexicon and language model."""
-        decoder = self.decoder(*weights)
-        texts = []
-        for log_probs in heard.log_probs:
-            found = decoder.decode(log_probs)
-            texts.append(" ".join(found[0].words) if found else "")
-        return self.scored(part, texts)
+    def with_lm(self, part: str, heard: Heard, weights: tuple[float, float]) -> Decoded:
+        """Return what lexicon and language model give."""
+        decoder, symbols = self.decoder(*weights), self.prepared.units.symbols
+        best = [found[0] if (found := decoder.decode(each)) else None for each in heard.log_probs]
+        words = [heard.words(each.symbols, symbols, each.words) if each else [] for each in best]
+        return self._decoded(part, [" ".join(each.words) if each else "" for each in best], words)
 
-    def decoded(self, part: str, heard: Heard, weights: tuple[float, float] | None) -> dict[str, Scores]:
-        """Return the errors of each way of decoding."""
+    def _decoded(self, part: str, texts: Sequence[str], words: Sequence[Sequence[Word]]) -> Decoded:
+        references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
+        return Decoded(self.scored(part, texts), *word_outcomes(zip(words, references, strict=True)))
+
+    def decoded(self, part: str, heard: Heard, weights: tuple[float, float] | None) -> dict[str, Decoded]:
+        """Return what each way of decoding gives."""
         found = {"wer": self.greedy(part, heard)}
         return found if weights is None else {**found, "wer_lm": self.with_lm(part, heard, weights)}
 
-    def tune(self, heard: Heard) -> tuple[float, float]:
-        """Return the weights of language model and words with the least errors on validation."""
+    def tune(self, heard: Heard) -> tuple[float, float] | None:
+        """Return the weights of language model and words with the least errors on validation; None without a model."""
+        if not self.config.decode.order:
+            return None
         grid = [(lm, word) for lm in self.config.decode.lm_weights for word in self.config.decode.word_scores]
-        return min(grid, key=lambda weights: self.with_lm("valid", heard, weights).wer)
+        return min(grid, key=lambda weights: self.with_lm("valid", heard, weights).scores.wer)
 
-    def outcomes(self, part: str, heard: Heard) -> tuple[np.ndarray, np.ndarray]:
-        """Return confidences of the words of best paths, and whether each is right."""
-        symbols = self.prepared.units.symbols
-        references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
-        words = [timed_words(greedy(each), symbols) for each in heard.log_probs]
-        return word_outcomes(zip(words, references, strict=True))
+    def calibrate(self, cell: Cell, valid: Mapping[str, Decoded]) -> dict[str, Calibration]:
+        """Return a calibration of each way of decoding, by validation; a student's are kept beside its weights.
 
-    def choose(self, cell: Cell, heard: Heard) -> Chosen:
-        """Return what is chosen for a model on validation; a student's calibration is kept beside its weights."""
-        confidences, right = self.outcomes("valid", heard)
-        try:
-            calibration = Calibration.fit(confidences, right)
-        except ValueError:  # no word at all, or none that is right more often where the model is surer
-            calibration = None
-        if calibration is not None and cell.role != "teacher":
-            write_json(cell.folder / "calibration.json", {"scale": calibration.scale, "offset": calibration.offset})
-        return Chosen(self.tune(heard) if self.config.decode.order else None, calibration)
+        There is none where nothing was heard, or words are not right more often where the model is surer.
+        """
+        found = {}
+        for name, decoded in valid.items():
+            with contextlib.suppress(ValueError):
+                found[name] = Calibration.fit(decoded.confidences, decoded.right)
+        if cell.role != "teacher":
+            for name, file in CALIBRATIONS.items():
+                (cell.folder / file).unlink(missing_ok=True)  # of an earlier evaluation
+                if name in found:
+                    write_json(cell.folder / file, {"scale": found[name].scale, "offset": found[name].offset})
+        return found
 
     def lag(self, student: Heard, teacher: Heard) -> int:
         """Return by how many ms the student's words end behind the teacher's on validation, the median, at least 0."""
@@ -169,8 +203,8 @@ class Measurement:
         late: list[float | None] = []
         references = [self.config.data.text.normalise(text) for text in self.prepared.texts("valid")]
         for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
-            words = [{**word, "emitted": word["end"]} for word in timed_words(greedy(own), symbols)]
-            said: list[Word] = timed_words(greedy(theirs), symbols)
+            words = [{**word, "emitted": word["end"]} for word in student.words(greedy(own), symbols)]
+            said: list[Word] = teacher.words(greedy(theirs), symbols)
             late += [each.delay_ms for each in emission_delays(words, said, reference)]
         return max(0, round(summarise(late)["p50"] or 0))
 
@@ -191,8 +225,8 @@ class Measurement:
         references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
         for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
             best = greedy(own)
-            words = [{**word, "emitted": known(word["end"])} for word in timed_words(best, symbols)]
-            said: list[Word] = timed_words(greedy(theirs), symbols)
+            words = [{**word, "emitted": known(word["end"])} for word in student.words(best, symbols)]
+            said: list[Word] = teacher.words(greedy(theirs), symbols)
             first = known((best.frames[0] + 1) * FRAME_MS / 1000) if best.frames else None
             found["delay"] += [each.delay_ms for each in emission_delays(words, said, reference)]
             found["first_symbol"].append(first_symbol_latency(words, said, first_symbol=first))
@@ -221,13 +255,16 @@ def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
             pipeline.announce(f"seed {seed}: evaluating {cell.role.replace('_', ' ')}")
             heard = {part: measurement.hear(cell, part) for part in ("valid", "test")}
             teacher = heard if cell.role == "teacher" else teacher
-            chosen = measurement.choose(cell, heard["valid"])
+            weights = measurement.tune(heard["valid"])
+            decoded = {part: measurement.decoded(part, said, weights) for part, said in heard.items()}
+            # what calibrations are judged by is not what they are fitted on
+            calibrations = {"valid": {}, "test": measurement.calibrate(cell, decoded["valid"])}
             if cell.role != "teacher" and teacher is not None:
                 # what an export takes off the times of words
                 write_json(cell.folder / "delay.json", {"delay_ms": measurement.lag(heard["valid"], teacher["valid"])})
             for part, said in heard.items():
-                found = measurement.decoded(part, said, chosen.weights)
-                metrics = _metrics(measurement, part, said, found, chosen.calibration)
+                found = {name: each.scores for name, each in decoded[part].items()}
+                metrics = _metrics(said, decoded[part], calibrations[part])
                 if part == "test" and cell.role != "teacher" and teacher is not None:
                     metrics |= _delays(measurement, cell, said, teacher["test"])
                 rows.append(
@@ -236,8 +273,9 @@ def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
                         cell,
                         part,
                         metrics,
-                        chosen,
-                        intervals=_intervals(found["wer"]),
+                        lm_weights=list(weights) if weights else None,
+                        intervals=_intervals(found),
+                        notes=_notes(said, cell.role in taken),
                         **taken.get(cell.role, {}),
                     )
                 )
@@ -256,23 +294,39 @@ def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _metrics(
-    measurement: Measurement,
-    part: str,
-    heard: Heard,
-    found: Mapping[str, Scores],
-    calibration: Calibration | None,
-) -> dict[str, float]:
+def _metrics(heard: Heard, decoded: Mapping[str, Decoded], calibrations: Mapping[str, Calibration]) -> dict[str, float]:
     """Return error rates, how far confidences are from shares of right words, and the network's real-time factor."""
-    values = found["wer"].values | ({"wer_lm": found["wer_lm"].wer} if "wer_lm" in found else {})
-    confidences, right = measurement.outcomes(part, heard)
-    if len(confidences):
-        values["ece_raw"] = expected_calibration_error(confidences, right)
-        if calibration is not None:
-            values["ece"] = expected_calibration_error([calibration.apply(each) for each in confidences], right)
-    return values | {
-        "real_time_factor": real_time_factor(heard.cpu_seconds, measurement.prepared.corpora[part].seconds)
-    }
+    values = dict(decoded["wer"].scores.values)
+    if "wer_lm" in decoded:
+        values["wer_lm"] = decoded["wer_lm"].scores.wer
+    for name, each in decoded.items():
+        if len(each.confidences):
+            suffix = name.removeprefix("wer")
+            values[f"ece_raw{suffix}"] = expected_calibration_error(each.confidences, each.right)
+            if name in calibrations:
+                calibrated = [calibrations[name].apply(confidence) for confidence in each.confidences]
+                values[f"ece{suffix}"] = expected_calibration_error(calibrated, each.right)
+    return values | {"real_time_factor": heard.real_time_factor}
+
+
+def _notes(heard: Heard, memory: bool) -> dict[str, str]:
+    """Return what the report says of figures that have to be explained, by name."""
+    if not memory:
+        return {"real_time_factor": heard.timed}
+    grown = "what a process grows by to load the model and hear the longest test utterance whole, one thread"
+    return {"real_time_factor": heard.timed, "peak_memory_bytes": grown}
+
+
+def _first(durations: Sequence[float]) -> range:
+    """Return the utterances that a streaming model is timed on: the first ones, at least one."""
+    seconds = np.cumsum(durations[:_TIMED])
+    return range(max(1, int((seconds <= _TIMED_SECONDS).sum())))
+
+
+def _threads() -> str:
+    """Return how many threads torch works with, all of whose time is counted."""
+    threads = torch.get_num_threads()
+    return "one thread" if threads == 1 else f"{threads} threads together"
 
 
 def _delays(measurement: Measurement, cell: Cell, student: Heard, teacher: Heard) -> dict[str, float]:
@@ -292,7 +346,6 @@ def _row(
     cell: Cell,
     part: str,
     metrics: Mapping[str, float],
-    chosen: Chosen,
     **more: Any,
 ) -> dict[str, Any]:
     about = _about(cell)
@@ -308,7 +361,6 @@ def _row(
         metrics=metrics,
         train_seconds=about["train_seconds"],
         train_cpu_seconds=about["train_cpu_seconds"],
-        lm_weights=list(chosen.weights) if chosen.weights else None,
         **more,
     )
 
@@ -338,7 +390,7 @@ def _comparisons(pipeline: Pipeline, tested: Mapping[str, Mapping[str, Sequence[
     """
     labels = {cell.role: _label(pipeline, cell) for cell in pipeline.cells(pipeline.config.seeds[0])}
     rows = []
-    for metric, decoding in (("wer", "wer"), ("cer", "wer"), ("wer_lm", "wer_lm")):
+    for metric, decoding in COMPARED:
         by_role = tested[decoding]
         for by in UNITS:
             for other in ("student_alone", "teacher"):
@@ -356,12 +408,14 @@ def _known(scores: Scores, by: str) -> bool:
     return by == "utterance" or (all(scores.speakers) and len(set(scores.speakers)) > 1)
 
 
-def _intervals(scores: Scores) -> dict[str, dict[str, list[float | None]]]:
-    """Return the 95 % intervals of a model's own rates by metric and unit."""
+def _intervals(decoded: Mapping[str, Scores]) -> dict[str, dict[str, list[float | None]]]:
+    """Return the 95 % intervals of a model's own rates by metric and unit, [None, None] where there is none."""
     found: dict[str, dict[str, list[float | None]]] = {}
-    for metric in METRICS:
-        each = {by: scores.interval(metric, by=by) for by in UNITS if _known(scores, by)}
-        found[metric] = {by: [estimate.low, estimate.high] for by, estimate in each.items()}
+    for metric, decoding in COMPARED:
+        if decoding in decoded:
+            scores, rate = decoded[decoding], METRICS[metric == "cer"]
+            each = {by: scores.interval(rate, by=by) for by in UNITS if _known(scores, by)}
+            found[metric] = {by: [estimate.low, estimate.high] for by, estimate in each.items()}
     return found
 
 

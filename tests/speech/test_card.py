@@ -86,7 +86,7 @@ def test_what_is_not_known_is_not_said() -> None:
 
 def test_one_run_without_an_interval() -> None:
     lonely = replace(RUN, rates=(replace(RUN.rates[2], low=None, high=None),), differences=())
-    assert "| best path | 11.0 |  |" in render(replace(CARD, run=lonely))
+    assert "| best path | 11.0 | none |" in render(replace(CARD, run=lonely))
 
 
 def test_simulated_data_is_called_that() -> None:

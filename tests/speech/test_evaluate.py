@@ -137,6 +137,24 @@ def test_one_unit_has_no_interval() -> None:
     assert found.interval().n_units == 2
 
 
+def test_no_bound_of_a_rate_is_below_zero() -> None:
+    found = _counted(np.array([1, 1, *[0] * 58]), 8, 6)
+    for by in ("utterance", "speaker"):
+        estimate = found.interval(by=by)
+        assert estimate.low == 0 < estimate.value < estimate.high  # type: ignore[operator]
+    # that of a difference may be
+    assert compare([found], [_counted(np.full(60, 2), 8, 6)]).high < 0  # type: ignore[operator]
+
+
+def test_where_no_resample_differs_there_is_no_interval() -> None:
+    for errors in (np.zeros(60, np.int64), np.full(60, 8)):
+        for by in ("utterance", "speaker"):
+            estimate = _counted(errors, 8, 6).interval(by=by)
+            assert (estimate.low, estimate.high) == (None, None)
+            assert estimate.method == f"all {by}s have one rate: no interval"
+            assert estimate.n_units == (60 if by == "utterance" else 10)
+
+
 def test_the_interval_depends_on_its_seed_only() -> None:
     found = simulated(np.random.default_rng(0), np.array([10, 10, 10]), np.array([0.1, 0.3, 0.5]))
     assert found.interval(seed=3) == found.interval(seed=3) != found.interval(seed=4)

@@ -239,6 +239,16 @@ def test_a_run_becomes_a_folder_with_its_card(run_folder: Path, tmp_path: Path) 
     assert folder.delay_ms == json.loads((run_folder / "student" / "delay.json").read_text())["delay_ms"]
     if folder.confidence:
         assert folder.confidence["slope"] == json.loads(calibration.read_text(encoding="utf-8"))["scale"]
+    # a later evaluation writes beside the model of the seed
+    (of_seed,) = run_folder.glob("seeds/*/student")
+    with_lm = of_seed / "calibration_lm.json"
+    kept = with_lm.read_bytes() if with_lm.exists() else None
+    with_lm.write_text(json.dumps({"scale": 0.7, "offset": -1.0}), encoding="utf-8")
+    try:
+        again = ExportedFolder.open(export(run_folder, "student", tmp_path / "again"))
+    finally:
+        with_lm.unlink() if kept is None else with_lm.write_bytes(kept)
+    assert again.confidence_lm == {"slope": 0.7, "offset": -1.0} and again.confidence == folder.confidence
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     rows = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
     for role, title in (("teacher", "teacher"), ("student_alone", "student alone"), ("student", r"\*\*student\*\*")):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from apps.speech.measure import Heard, Measurement, evaluate
+from apps.speech.decode.confidence import Calibration
+from apps.speech.evaluate import score
+from apps.speech.measure import Decoded, Heard, Measurement, _first, evaluate
 from apps.speech.memory import model_memory
+from apps.speech.models.base import StreamingModel
 from apps.speech.pipeline import Pipeline
 from data_scripts.simulate_speech import simulate
+from kdcore.report import write_report
 from kdcore.run import read_json
 from tests.speech.small_runs import small
 
@@ -47,10 +53,109 @@ def test_how_late_a_student_writes_its_words(pipeline: Pipeline) -> None:
     assert measurement.lag(silent, said(0)) == 0
 
 
+def test_a_student_is_timed_in_its_chunks_on_one_thread(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[tuple[int, int]] = []
+    clock = time.process_time
+
+    def stream(self: StreamingModel, features: torch.Tensor) -> torch.Tensor:
+        # takes a minute
+        spent.append((len(features), torch.get_num_threads()))
+        return torch.zeros(0)
+
+    corpus, store = pipeline.prepared.corpora["test"], pipeline.prepared.store("test", "clean")
+    monkeypatch.setattr(time, "process_time", lambda: clock() + 60 * len(spent))
+    monkeypatch.setattr(StreamingModel, "stream", stream)
+    monkeypatch.setattr("apps.speech.measure._TIMED", 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        student = Measurement(pipeline).hear(pipeline.cells(0)[-1], "test")
+        assert torch.get_num_threads() == 2
+        teacher = Measurement(pipeline).hear(pipeline.cells(0)[0], "test")
+    finally:
+        torch.set_num_threads(threads)
+    # the first call warms up
+    assert [length for length, _ in spent[1:]] == [len(store[row]) for row in range(2)]
+    assert {count for _, count in spent} == {1}
+    seconds = sum(each.duration for each in corpus.utterances[:2])
+    assert student.real_time_factor == pytest.approx(120 / seconds, rel=0.2)
+    assert student.timed == "network only, one thread, in chunks of 160 ms"
+    assert teacher.timed == "network only, 2 threads together, whole utterances in batches"
+    assert teacher.real_time_factor < 1
+
+
+def test_the_utterances_that_are_timed() -> None:
+    assert _first([1.0] * 50) == range(20)
+    assert _first([25.0] * 50) == range(2)
+    assert _first([100.0, 1.0]) == range(1)
+    assert _first([1.0]) == range(1)
+
+
+def test_each_way_of_decoding_has_its_calibration(pipeline: Pipeline) -> None:
+    measurement, cell = Measurement(pipeline), pipeline.cells(0)[-1]
+    scores = measurement.scored("valid", pipeline.prepared.texts("valid"))
+    confidences = np.linspace(0.01, 0.99, 200)
+    draws = np.random.default_rng(0).random(200)
+    sure = Decoded(scores, confidences, draws < confidences)
+    unsure = Decoded(scores, confidences, draws < confidences**4)
+    found = measurement.calibrate(cell, {"wer": sure, "wer_lm": unsure})
+    stored = [read_json(cell.folder / name) for name in ("calibration.json", "calibration_lm.json")]
+    assert [Calibration(**each) for each in stored] == [found["wer"], found["wer_lm"]]
+    assert found["wer"].apply(0.7) > found["wer_lm"].apply(0.7) + 0.2
+    # the one of an earlier evaluation does not stay
+    assert set(measurement.calibrate(cell, {"wer": Decoded(scores, confidences, draws > confidences)})) == set()
+    assert not any((cell.folder / name).exists() for name in ("calibration.json", "calibration_lm.json"))
+
+
+def test_calibrations_are_judged_on_other_words_than_they_are_fitted_on(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = {"wer": Calibration(1.0, 0.0), "wer_lm": Calibration(1.0, -2.0)}
+    monkeypatch.setattr(Measurement, "calibrate", lambda self, cell, valid: fitted)
+    spoken = [np.log(np.full((4, 3), 1 / 3))]
+    outcome = np.array([0.9, 0.8, 0.7]), np.array([True, True, False])
+    found = Decoded(score(pipeline.prepared.corpora["test"].utterances[:1], ["one"]), *outcome)
+    monkeypatch.setattr(Measurement, "hear", lambda self, cell, part: Heard(spoken, 0.5, "said"))
+    monkeypatch.setattr(Measurement, "tune", lambda self, heard: (1.0, 0.0))
+    monkeypatch.setattr(Measurement, "decoded", lambda self, part, heard, weights: {"wer": found, "wer_lm": found})
+    monkeypatch.setattr(Measurement, "lag", lambda self, student, teacher: 0)
+    monkeypatch.setattr("apps.speech.measure._delays", lambda *given: {})
+    rows = evaluate(pipeline)
+    for row in rows:
+        own = {name for name in row["metrics"] if name.startswith("ece")}
+        raw = {"ece_raw", "ece_raw_lm"}
+        assert own == (raw if row["split"] == "valid" else raw | {"ece", "ece_lm"})
+    assert rows[-1]["metrics"]["ece"] == pytest.approx(rows[-1]["metrics"]["ece_raw"])
+    assert rows[-1]["metrics"]["ece_lm"] > rows[-1]["metrics"]["ece"] + 0.01
+    assert rows[-1]["notes"] == {"real_time_factor": "said"}
+
+
+def test_words_of_the_language_model_have_their_confidences(pipeline: Pipeline) -> None:
+    measurement, units = Measurement(pipeline), pipeline.prepared.units
+    heard = []
+    for text in pipeline.prepared.texts("valid"):
+        path = [symbol for each in units.encode(text) for symbol in (each, units.blank)]
+        frames = np.full((len(path), units.blank + 1), np.log(0.1 / units.blank))
+        frames[np.arange(len(path)), path] = np.log(0.9)
+        heard.append(frames)
+    found = measurement.decoded("valid", Heard(heard, 0.0), (0.0, 0.0))["wer_lm"]
+    words = sum(len(text.split()) for text in pipeline.prepared.texts("valid"))
+    assert len(found.confidences) == len(found.right) >= 0.9 * words
+    assert found.right.sum() == (found.scores.words - found.scores.edits[:, :2].sum(axis=1)).sum() > 0
+    assert ((found.confidences > 0) & (found.confidences <= 0.9 + 1e-6)).all()
+
+
 def test_every_unit_and_metric_has_its_interval(pipeline: Pipeline) -> None:
     rows = evaluate(pipeline, memory=True)
-    assert set(rows[-1]["intervals"]) == {"wer", "cer"}
+    assert set(rows[-1]["intervals"]) == {"wer", "cer", "wer_lm"}
     assert all(set(each) == {"utterance", "speaker"} for each in rows[-1]["intervals"].values())
+    for row in rows:
+        for metric, by_unit in row["intervals"].items():
+            for low, high in by_unit.values():
+                assert (low is None and high is None) or 0 <= low <= row["metrics"][metric] <= high
+    page = write_report(pipeline.run.path).read_text(encoding="utf-8")
+    assert "Memory, peak" in page and "<small>by speaker [" in page
+    assert "real time factor: network only" in page and "peak memory bytes: what a process grows by" in page
     found = read_json(pipeline.run.path / "comparisons.json")
     methods = {(row["metric"], row["b"]["role"], row["by"]) for row in found}
     assert all(f"{row['by']}s" in row["method"] for row in found)

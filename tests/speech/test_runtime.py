@@ -107,6 +107,26 @@ def test_words_have_times_and_calibrated_confidences(recognizer: Recognizer) -> 
     assert (segment.start, segment.end) == (segment.words[0]["start"], segment.words[-1]["end"])
 
 
+def test_words_of_a_lexicon_have_a_calibration_of_their_own(folder: Path, tmp_path: Path) -> None:
+    def confidences(source: Path, decoding: Decoding) -> list[float]:
+        found = segments(Recognizer(source, decoding=decoding), spoken("yes no", before=0.4))
+        return [word["confidence"] for segment in found for word in segment.words]
+
+    write_arpa(tmp_path / "lm.arpa", ["yes no"], 2)
+    both = tmp_path / "both"
+    shutil.copytree(folder, both)
+    about = json.loads((both / "kdsuite.json").read_text(encoding="utf-8"))
+    about["confidence_lm"] = {"slope": 0.5, "offset": -3.0}
+    (both / "kdsuite.json").write_text(json.dumps(about), encoding="utf-8")
+    for decoding in (Decoding(), Decoding(beam=4), Decoding(hot_words={"yes": 1.0})):
+        assert confidences(both, decoding) == confidences(folder, decoding)
+    for decoding in (Decoding(grammar=("yes", "no")), Decoding(lm=tmp_path / "lm.arpa")):
+        own, other = confidences(both, decoding), confidences(folder, decoding)
+        assert len(own) == len(other) == 2
+        # a folder of an earlier version has one calibration for all
+        assert all(one < 0.5 < two for one, two in zip(own, other, strict=True))
+
+
 def test_the_last_word_is_heard_although_the_audio_ends_with_it(recognizer: Recognizer) -> None:
     samples = spoken("yes no", rest=0.02, after=0.0)
     samples = samples[: np.flatnonzero(np.abs(samples) > 0.01)[-1]]

@@ -41,6 +41,7 @@ def timed_words(
     *,
     words: Sequence[str] | None = None,
     calibration: Calibration | None = None,
+    frame_seconds: float = FRAME_SECONDS,
 ) -> list[Word]:
     """Return the words of a hypothesis with times and confidences.
 
@@ -51,6 +52,7 @@ def timed_words(
     Options:
         words: the words themselves, where a lexicon knows them; else they are read from the symbols.
         calibration: turns the confidence into the share of such words that are right.
+        frame_seconds: of the frames that were decoded, which a pretrained teacher has shorter.
 
     Raises:
         ValueError: another number of words than the symbols spell.
@@ -64,8 +66,8 @@ def timed_words(
         result.append(
             {
                 "word": words[index] if words is not None else text,
-                "start": round(hypothesis.frames[first] * FRAME_SECONDS, 3),
-                "end": round((hypothesis.frames[stop - 1] + 1) * FRAME_SECONDS, 3),
+                "start": round(hypothesis.frames[first] * frame_seconds, 3),
+                "end": round((hypothesis.frames[stop - 1] + 1) * frame_seconds, 3),
                 "confidence": calibration.apply(confidence) if calibration else confidence,
             }
         )

@@ -46,6 +46,8 @@ def test_times_and_confidences() -> None:
         {"word": "no", "start": 0.2, "end": 0.28, "confidence": 0.8},
         {"word": "yes", "start": 0.4, "end": 0.64, "confidence": 0.5},
     ]
+    shorter = timed_words(hypothesis, units.symbols, frame_seconds=0.02)
+    assert [(each["start"], each["end"]) for each in shorter] == [(0.1, 0.14), (0.2, 0.32)]
     named = timed_words(hypothesis, units.symbols, words=["No", "Yes"], calibration=Calibration(1.0, 0.0))
     assert [word["word"] for word in named] == ["No", "Yes"]
     assert [word["confidence"] for word in named] == pytest.approx([0.8, 0.5])
