@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
+from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, TeacherConfig, alone_config
 from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
 from apps.speech.models import KINDS, model_options, new_model
 from apps.speech.views import parse_view
@@ -13,8 +13,11 @@ from kdcore.config import UserError
 _MONITORS = ("wer", "cer")
 
 
-def check_config(config: SpeechConfig) -> None:
-    """Raise UserError for the first setting that cannot work, naming it."""
+def check_config(config: SpeechConfig, *, folders: bool = True) -> None:
+    """Raise UserError for the first setting that cannot work, naming it.
+
+    ``folders`` looks into those of pretrained teachers too, which a run that has all its models may be without.
+    """
     if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
         raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds of 0 or more, at least one")
     _check_views(config)
@@ -36,6 +39,8 @@ def check_config(config: SpeechConfig) -> None:
         raise UserError("knowledge.attention: wanted a teacher of kind attention, trained here and by itself")
     if wanted.teacher_layers:
         _check_layers(config, wanted)
+    if folders:
+        _check_folders(config.teacher)
 
 
 def _check_weight(name: str, weight: float) -> None:
@@ -80,11 +85,50 @@ def _check_teacher(config: SpeechConfig) -> None:
     teacher = config.teacher
     if teacher.seed is not None and teacher.seed < 0:
         raise UserError(f"teacher.seed: got {teacher.seed}, wanted 0 or more, or null for one teacher a seed")
+    _check_used(teacher)
     if teacher.by == "error" and any(member.path for member in teacher.members):
         raise UserError("teacher.by: wanted equal or confidence: a pretrained member has no error rate of this run")
-    for index, member in enumerate(teacher.members or [teacher]):
-        name = f"teacher.members[{index}]" if teacher.members else "teacher"
+    for index, (name, member) in enumerate(_members(teacher).items()):
         _check_member(name, member, first=index == 0)
+
+
+def _members(teacher: TeacherConfig) -> dict[str, MemberConfig]:
+    """Return the models that teach, by where they are set."""
+    if not teacher.members:
+        return {"teacher": teacher}
+    return {f"teacher.members[{index}]": member for index, member in enumerate(teacher.members)}
+
+
+def _check_used(teacher: TeacherConfig) -> None:
+    """Refuse what would change nothing: a model beside members, and a way to combine fewer than two."""
+    plain = TeacherConfig()
+    for name in ("kind", "options", "path", "guided", "quantize"):
+        got = getattr(teacher, name)
+        if teacher.members and got != getattr(plain, name):
+            raise UserError(f"teacher.{name}: got {got!r}, wanted nothing beside teacher.members; set it for a member")
+    for name in ("combine", "by"):
+        got = getattr(teacher, name)
+        if len(teacher.members) < 2 and got != getattr(plain, name):
+            raise UserError(f"teacher.{name}: got {got}, wanted it with at least two teacher.members alone")
+
+
+def _check_folders(teacher: TeacherConfig) -> None:
+    """Refuse a pretrained teacher that cannot teach, or stands there twice, before a corpus is read for it."""
+    pretrained = {name: member.path for name, member in _members(teacher).items() if member.path}
+    if not pretrained:
+        return
+    from apps.speech.models.pretrained import check_folder, folder_fingerprint
+
+    for name, path in pretrained.items():
+        try:
+            check_folder(path)
+        except UserError as error:
+            raise UserError(f"{name}.path: {error}") from None
+    met: dict[str, str] = {}
+    for name, path in pretrained.items() if len(pretrained) > 1 else ():
+        # by content: a copy under another name would teach the same
+        if (first := met.setdefault(folder_fingerprint(path), name)) != name:
+            raise UserError(f"{name}.path: {path} holds the same model as {first}, wanted each member once")
 
 
 def _check_member(name: str, member: MemberConfig, *, first: bool) -> None:

@@ -194,6 +194,12 @@ class SpeechConfig:
     # what the report compares
     report: dict[str, Any] = field(default_factory=lambda: {"metric": "wer", "higher_is_better": False})
 
+    @property
+    def heard_views(self) -> list[str]:
+        """All views of the run: of student and teacher in training, and of the tests."""
+        pairs = [view for pair in self.views for view in (pair.student, pair.teacher)]
+        return list(dict.fromkeys([*pairs, self.test_view]))
+
     def taught_views(self, part: str) -> list[str]:
         """Return the views in which the teacher hears a part."""
         if part in ("valid", "test"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +75,15 @@ class Utterances:
     def labelled(self) -> bool:
         """Return whether any row has a text."""
         return any(self.labels[row] is not None for row in self.rows)
+
+    def with_texts(self, *, as_long: bool = False) -> Utterances:
+        """Return the rows with a text; ``as_long`` repeats them evenly to the frames of all, for as many updates."""
+        known = self.rows[[self.labels[row] is not None for row in self.rows]]
+        if as_long and 0 < len(known) < len(self.rows):
+            lengths = self.views[0].lengths
+            count = round(len(known) * float(lengths[self.rows].sum() / lengths[known].sum()))
+            known = known[np.arange(count) * len(known) // count]
+        return replace(self, rows=known)
 
 
 def ctc(

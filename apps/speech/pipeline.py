@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 from apps.speech import fitting, knowledge
 from apps.speech.checks import check_config
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
-from apps.speech.device.folder import sha256
 from apps.speech.distill import Lessons
 from apps.speech.knowledge import Pair
 from apps.speech.models import AcousticModel
 from apps.speech.models.ensemble import Member
 from apps.speech.models.huggingface import HuggingFaceCtc
+from apps.speech.models.pretrained import folder_fingerprint
 from apps.speech.models.store import load_model, save_model
 from apps.speech.prepared import Prepared, prepare
 from apps.speech.teachers import Teacher, teacher_lessons
@@ -47,7 +47,8 @@ class Pipeline:
     """Runs the stages of a configuration in a run directory."""
 
     def __init__(self, config: SpeechConfig, out: str | os.PathLike[str], announce: Announce = lambda text: None):
-        check_config(config)
+        # a run that has its data may have its models too, and then needs no folder that a teacher came from
+        check_config(config, folders=not (Path(out) / "data" / "data.json").exists())
         if Path(out).exists() and not Path(out).is_dir():
             raise UserError(f"--out: {out} is a file, wanted a folder for the run")
         self.config, self.announce = config, announce if processes.is_first_process() else lambda text: None
@@ -106,11 +107,11 @@ class Pipeline:
     def _member(self, config: MemberConfig, seed: int, folder: Path, before: Sequence[Teacher]) -> Teacher:
         if config.path:
             listener = HuggingFaceCtc.from_folder(config.path, self.prepared.units)
-            weights = {file.name: sha256(file) for file in sorted(Path(config.path).glob("*.safetensors"))}
-            return Teacher([listener], [Member(fingerprint(weights), self.prepared.units.symbols)])
+            return Teacher([listener], [Member(folder_fingerprint(config.path), self.prepared.units.symbols)])
         views = list(dict.fromkeys(pair.teacher for pair in self.config.views))
         guide = before[0] if config.guided and before else None
-        key = self._key("teacher", seed, {"model": resolved(config), "guide": guide.fingerprint if guide else ""})
+        drawn = member_seed(seed, len(before))
+        key = self._key("teacher", drawn, {"model": resolved(config), "guide": guide.fingerprint if guide else ""})
         lessons, terms = None, _no_terms
         if guide is not None:
             lessons = self._lessons([(guide, view) for view in views], seed, {"guided": {}})
@@ -119,7 +120,7 @@ class Pipeline:
                 pair = Pair(model.classes - 1, model.width, guide.width)
                 return knowledge.terms("guided", {}, config.guided, pair)
 
-        self._fit("teacher", seed, key, config, folder, views, terms=terms, lessons=lessons)
+        self._fit("teacher", seed, key, config, folder, views, drawn=drawn, terms=terms, lessons=lessons)
         return _as_teacher(folder)
 
     def _lessons(
@@ -192,16 +193,21 @@ class Pipeline:
         folder: Path,
         views: Sequence[str],
         *,
+        drawn: int | None = None,
         labelled: bool = False,
         **taught: Any,
     ) -> None:
-        """Fit and store the model of a cell if it is not there; ``labelled`` leaves out the rows without a text."""
+        """Fit and store the model of a cell if it is not there.
+
+        ``labelled`` leaves out the rows without a text and repeats others, so that there are as many updates as with.
+        ``drawn`` is what the fit is seeded with where that is not the seed of the cell.
+        """
         if processes.agree(belongs(folder, key)):
             return
         prepared = self.prepared
         data = prepared.training(views)
         if labelled or role == "teacher":
-            data = replace(data, rows=data.rows[[data.labels[row] is not None for row in data.rows]])
+            data = data.with_texts(as_long=labelled)
         valid = prepared.store("valid", self.config.tested_view(role))
         self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind})")
         fitted = fitting.fit_model(
@@ -210,7 +216,7 @@ class Pipeline:
             prepared.store("train", views[0]).statistics(),
             fitting.validator(valid, prepared.texts("valid"), prepared.units),
             prepared.units,
-            seed=seed,
+            seed=seed if drawn is None else drawn,
             folder=folder.with_name(f"{folder.name}.checkpoints"),
             key=key,
             context={"role": role, "seed": seed},
@@ -268,6 +274,15 @@ class Pipeline:
                     if self._folder(role, best).exists():  # a pretrained teacher stays where it is
                         deploy_model(self._folder(role, best), self.run.path / role)
         return int(best)
+
+
+def member_seed(seed: int, place: int) -> int:
+    """Return the seed that the member at a place of an ensemble is fitted with, so that equal settings differ.
+
+    The first has the ensemble's own, as a teacher by itself; the others have 28 bits of a hash, since a sum would give
+    one seed's second member the seed of the next one's first.
+    """
+    return int(fingerprint("member", {"seed": seed, "place": place})[:7], 16) if place else seed
 
 
 def _no_terms(model: AcousticModel) -> Sequence[Term]:

@@ -17,7 +17,7 @@ from apps.speech.data.formats import read_corpus
 from apps.speech.data.manifest import write_manifest
 from apps.speech.data.parts import UNPLACED, Parts, no_longer, read_parts, spellable, unwritable
 from apps.speech.data.store import FeatureStore, build_store
-from apps.speech.data.utterance import SUBSAMPLING, Corpus, needed_frames
+from apps.speech.data.utterance import SUBSAMPLING, Corpus, needed_frames, utterance_at
 from apps.speech.distill import Utterances
 from apps.speech.features import TAIL_MS, VERSION, with_tail
 from apps.speech.models.huggingface import longest_heard
@@ -28,6 +28,8 @@ from kdcore.run import fingerprint, read_json, write_json
 # utterances of training, then those without a text: one list of rows
 TRAINING = ("train", "unlabelled")
 Announce = Callable[[str], None]
+# problems that are named when a run begins; data.json has those to _KEPT
+_NAMED, _KEPT = 3, 50
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """What the data is: every row of every part, and the units."""
-        return fingerprint(*(corpus.fingerprint for corpus in self.corpora.values()), {"units": self.units.symbols})
+        """What the data is: every row of every part, the units, and how features are made of it."""
+        about = {"units": self.units.symbols, "features": [VERSION, TAIL_MS]}
+        return fingerprint(*(corpus.fingerprint for corpus in self.corpora.values()), about)
 
     def texts(self, part: str) -> list[str]:
         """Return the normalised texts of a part, empty where there is none."""
@@ -111,9 +114,8 @@ class Prepared:
         As those of the features, they end with a tail of silence.
         """
         corpora = [self.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
-        all_of = [(corpus, utterance) for corpus in corpora for utterance in corpus.utterances]
-        heard = parse_view(view)
-        return [with_tail(heard.apply(all_of[row][0].load(all_of[row][1]), all_of[row][1].id, seed)) for row in rows]
+        heard, found = parse_view(view), (utterance_at(corpora, row) for row in rows)
+        return [with_tail(heard.apply(corpus.load(utterance), utterance.id, seed)) for corpus, utterance in found]
 
     @property
     def training_parts(self) -> list[str]:
@@ -157,7 +159,7 @@ def _remarks(remarks: Mapping[str, Mapping[str, Any]]) -> str:
 def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text: None) -> Prepared:
     """Return the data of a run; it is read and checked at the first call and kept in the run's folder.
 
-    What was left out is said each time, and whether a corpus has changed since it was read.
+    What was left out is said each time, and whether a corpus, or a folder of a view, has changed since it was read.
     """
     file = folder / "data" / "data.json"
     if not file.exists():
@@ -165,12 +167,24 @@ def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text
     about = read_json(file)
     for what, count in about["left_out"].items():
         announce(f"left out, {what}: {count}")
-    for path, then in about.get("read", {}).items():
-        if (now := state(Path(path))) is not None and now != then:
-            announce(f"{path}: has changed since {folder} read it; the run goes on with that, another --out reads anew")
+    for problem in about["problems"][:_NAMED]:
+        announce(f"  {problem}")
+    if len(about["problems"]) > _NAMED:
+        announce(f"  and others: {file}, problems")
+    for path in _changed(about.get("read", {})):
+        announce(f"{path}: has changed since {folder} read it; the run goes on with that, another --out reads anew")
+    for path in _changed(about.get("heard", {})):
+        announce(
+            f"{path}: has changed since {folder} was made; features made with it stay, another --out makes new ones"
+        )
     corpora = {part: read_corpus(folder / "data" / f"{part}.jsonl") for part in about["parts"]}
     units = Units.load(folder / "data")
     return Prepared(folder, corpora, units, about["left_out"], about["corpora"], about.get("remarks", {}), announce)
+
+
+def _changed(states: Mapping[str, str | None]) -> list[str]:
+    """Return those of some paths that are there and are not what they were."""
+    return [path for path, then in states.items() if (now := state(Path(path))) is not None and now != then]
 
 
 def _units(config: UnitsConfig, texts: Sequence[str]) -> Units:
@@ -200,8 +214,10 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
         write_manifest(folder / f"{part}.jsonl", corpus)
     parts = replace(parts, corpora=corpora)
     problems = [*parts.problems, *short]
-    about: dict[str, Any] = {"parts": list(corpora), "left_out": parts.left_out, "problems": problems[:50]}
+    about: dict[str, Any] = {"parts": list(corpora), "left_out": parts.left_out, "problems": problems[:_KEPT]}
     about["corpora"] = [{"name": source.name, "simulated": source.simulated} for source in parts.sources]
     about["read"] = {os.path.abspath(source.path): state(source.path) for source in parts.sources}
+    folders = [folder for view in config.heard_views for folder in parse_view(view).folders]
+    about["heard"] = {os.path.abspath(folder): state(folder) for folder in folders}
     # last: its presence says that the data is whole
     write_json(folder / "data.json", {**about, "remarks": parts.remarks, "simulated": parts.simulated})

@@ -71,6 +71,12 @@ class View:
         """Whether frame t of the view is frame t of the utterance; a changed speed moves them."""
         return all(step.keeps_frames for step in self.steps)
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of recordings that are heard in it."""
+        given = [step.folder for step in self.steps if isinstance(step, Noise | RecordedRoom)]
+        return [Path(folder) for folder in given if folder]
+
     def apply(self, samples: np.ndarray, key: str, seed: int) -> np.ndarray:
         """Return the view float32 [n] of samples float32 [n] in [-1, 1] at 16 kHz.
 
@@ -157,10 +163,15 @@ class Noise:
     def name(self) -> str:
         return f"noise:{_written(self.low)}:{_written(self.high)}" + (f":{self.what}" if self.what else "")
 
+    @property
+    def folder(self) -> str:
+        """The folder of recordings; empty for generated noise."""
+        return "" if self.what in NOISES else self.what
+
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The recordings of the folder; none for generated noise."""
-        return () if self.what in ("", *NOISES) else _recordings("noise", self.what)
+        return _recordings("noise", self.folder) if self.folder else ()
 
     def draw(self, generator: np.random.Generator) -> float:
         """Return the ratio in dB, the first draw of a generator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jiwer
@@ -177,3 +178,16 @@ def test_resumed_inside_an_epoch_to_the_bit(tmp_path: Path) -> None:
     for part in ("module", "optimizer", "random"):
         torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
     assert model().classes - 1 == BLANK
+
+
+def test_rows_with_a_text_are_repeated_evenly_to_the_frames_of_all() -> None:
+    whole = utterances(12)
+    mixed = replace(whole, labels=[None if row % 3 == 0 else label for row, label in enumerate(whole.labels)])
+    known = mixed.with_texts()
+    assert known.rows.tolist() == [row for row in range(12) if row % 3]
+    again = mixed.with_texts(as_long=True).rows
+    counts = np.bincount(again, minlength=12)
+    assert set(counts[known.rows]) == {1, 2} and not counts[::3].any()
+    lengths = mixed.views[0].lengths
+    assert abs(int(lengths[again].sum()) - int(lengths.sum())) <= 2 * lengths.max()
+    assert whole.with_texts(as_long=True).rows.tolist() == whole.rows.tolist()

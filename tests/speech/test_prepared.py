@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
-from apps.speech.features import TAIL_MS
+from apps.speech import prepared as module
+from apps.speech.features import SAMPLE_RATE, TAIL_MS
 from apps.speech.prepared import Prepared
 from data_scripts.simulate_speech import simulate
 from tests.speech.small_runs import small
@@ -48,6 +50,33 @@ def test_a_source_that_changes_is_named(data: Path, tmp_path: Path) -> None:
     assert text.startswith(f"{data}: has changed since {tmp_path / 'run'} read it") and "another --out" in text
 
 
+def test_recordings_of_a_view_that_change_are_named(data: Path, tmp_path: Path) -> None:
+    noises, rooms = tmp_path / "noises", tmp_path / "rooms"
+    for folder in (noises, rooms):
+        folder.mkdir()
+        soundfile.write(folder / "one.wav", np.linspace(-0.5, 0.5, SAMPLE_RATE, dtype=np.float32), SAMPLE_RATE)
+    views = {"views": [{"student": f"noise:0:5:{noises}", "teacher": "clean"}], "test_view": f"room:{rooms}+noise:0:5"}
+    assert not any("changed" in text for text in prepared(data, tmp_path, **views)[1])
+    assert prepared(data, tmp_path, **views)[1] == []
+    soundfile.write(noises / "one.wav", np.zeros(800, np.float32), SAMPLE_RATE)
+    (text,) = prepared(data, tmp_path, **views)[1]
+    assert text.startswith(f"{noises}: has changed since {tmp_path / 'run'} was made") and "another --out" in text
+    soundfile.write(rooms / "two.wav", np.zeros(800, np.float32), SAMPLE_RATE)
+    assert [text.split(":")[0] for text in prepared(data, tmp_path, **views)[1]] == [str(noises), str(rooms)]
+
+
+def test_features_of_another_version_are_other_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = prepared(data, tmp_path)
+    names = set()
+    for version, tail in ((2, 240), (3, 240), (2, 400)):
+        monkeypatch.setattr(module, "VERSION", version)
+        monkeypatch.setattr(module, "TAIL_MS", tail)
+        names.add(found.fingerprint)
+    assert len(names) == 3
+
+
 def test_what_no_model_can_write_is_counted_where_it_is_tested(data: Path, tmp_path: Path) -> None:
     outside = change(data / "test.jsonl", 0, text="Ünïcode 学")
     words = " ".join(json.loads((data / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])["text"].split())
@@ -57,6 +86,15 @@ def test_what_no_model_can_write_is_counted_where_it_is_tested(data: Path, tmp_p
     assert rows["test"]["remarks"] == f"1 text outside the units ({outside})"
     assert rows["valid"]["remarks"] == f"1 longer text than frames ({short})"
     assert rows["train"]["remarks"] == "good" and rows["test"]["left out"] == "none"
+
+
+def test_texts_that_are_left_out_are_named(data: Path, tmp_path: Path) -> None:
+    words = json.loads((data / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])["text"]
+    names = [change(data / "train.jsonl", row, text=" ".join([words] * 40)) for row in range(5)]
+    _, said = prepared(data, tmp_path)
+    at = said.index("left out, train: longer text than frames: 5")
+    assert [text.split(":")[0].strip() for text in said[at + 1 : at + 4]] == names[:3] and "frames" in said[at + 1]
+    assert said[at + 4] == f"  and others: {tmp_path / 'run' / 'data' / 'data.json'}, problems"
 
 
 def test_a_text_may_be_too_long_in_one_view_alone(data: Path, tmp_path: Path) -> None:
