@@ -33,7 +33,25 @@ def quality(result: dict[str, Any]) -> str:
                 said.append(f"{how} {_points(found)}")
                 shown = shown or (found["high"] is not None and found["high"] < 0)
         verdict = "" if shown else " **No gain of the teacher is shown.**"
-        lines.append(f"`{recipe}`: student minus student alone, points: {'; '.join(said)}.{verdict}")
+        alone, taught = (run["models"][role]["metrics"]["wer"]["mean"] for role in ("student_alone", "student"))
+        relative = f"relative, best path, {100 * (taught / alone - 1):+.0f} %"
+        lines.append(f"`{recipe}`: student minus student alone, points: {'; '.join(said)}; {relative}.{verdict}")
+    for pair, found in result["between"].items():
+        first, other = pair.split(" against ")
+        said = [
+            f"{how} {_points(found[metric])}"
+            for metric, how in (("wer", "best path"), ("wer_lm", "with language model"))
+            if metric in found
+        ]
+        lines.append(f"Student of `{first}` minus that of `{other}`, points: {'; '.join(said)}.")
+    wanted = [
+        f"{role} {100 * result['targets'][role]['wer']:.1f} ({100 * result['targets'][role]['wer_lm']:.1f})"
+        for role in ("teacher", "student")
+    ]
+    lines.append(
+        f"Wanted at most, by best path (with language model): {', '.join(wanted)}; relative "
+        f"{100 * result['targets']['relative_difference']:+.0f} %."
+    )
     return "\n".join([*lines, "", f"{result['data']}; intervals 95 % over utterances and seeds. {_command(result)}"])
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.speech.bench_results import complete, summary
+from apps.speech.bench_results import complete, decodings, summary, test_scores
 from apps.speech.config import load_config
 from apps.speech.data.corpora import find_data
+from apps.speech.evaluate import compare
+from apps.speech.pipeline import Pipeline
 from kdcore.config import UserError
 
 # every recipe under the teacher of the first, with its students alone
 RECIPES = ("ctc_sequence_level", "ctc_frame_level", "ctc_segment_nbest", "ctc_guided")
 SEEDS = (0, 1, 2)
+# error rates by best path and with the language model, and the student's relative difference to itself alone
+TARGETS = {
+    "teacher": {"wer": 0.074, "wer_lm": 0.045},
+    "student": {"wer": 0.11, "wer_lm": 0.07},
+    "relative_difference": -0.2,
+}
 
 
 def run(
@@ -39,16 +47,31 @@ def run(
         raise UserError(f"--only: got {', '.join(sorted(unknown))}, wanted some of {', '.join(RECIPES)}")
     name = find_data(data).name
     base: Path | None = None
-    runs = {}
+    runs, pipelines = {}, {}
     for recipe in [each for each in RECIPES if not only or each in only]:
         folder = work / f"speech-{name}-{recipe}"
         if base is not None:
             share(base, folder, seeds)
         given = [("data.path", json.dumps(data)), ("seeds", json.dumps(list(seeds))), *overrides]
-        runs[recipe] = summary(*complete(load_config(recipe=recipe, overrides=given), folder))
+        pipelines[recipe], rows = complete(load_config(recipe=recipe, overrides=given), folder)
+        runs[recipe] = summary(pipelines[recipe], rows)
         base = base or folder
     about = f"{name}: 8 speakers of the training part validate; seeds {', '.join(map(str, seeds))}"
-    return {"data": about, "runs": runs}
+    return {"data": about, "runs": runs, "between": between(pipelines), "targets": TARGETS}
+
+
+def between(pipelines: Mapping[str, Pipeline]) -> dict[str, dict[str, Any]]:
+    """Return the error rate of the first recipe's student minus that of each other one's, over utterances and seeds."""
+    first, *others = pipelines
+    found: dict[str, dict[str, Any]] = {}
+    for other in others:
+        found[f"{first} against {other}"] = {
+            metric: compare(
+                test_scores(pipelines[first], "student", metric), test_scores(pipelines[other], "student", metric)
+            ).as_dict()
+            for metric in decodings(pipelines[first].config)
+        }
+    return found
 
 
 def share(source: Path, target: Path, seeds: Sequence[int]) -> None:

@@ -49,13 +49,18 @@ def summary(pipeline: Pipeline, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
 def differences(pipeline: Pipeline) -> dict[str, Any]:
     """Return the student's error rate minus those of the others: over utterances, and over speakers."""
     found: dict[str, Any] = {}
-    for metric in DECODINGS if pipeline.config.decode.order else DECODINGS[:1]:
+    for metric in decodings(pipeline.config):
         scores = {role: test_scores(pipeline, role, metric) for role in ROLES}
         for other in ("student_alone", "teacher"):
             for by in ("utterance", "speaker"):
                 estimate = compare(scores["student"], scores[other], by=by)
                 found[f"{metric} against {other}, by {by}"] = estimate.as_dict()
     return found
+
+
+def decodings(config: SpeechConfig) -> Sequence[str]:
+    """Return the ways in which a run decodes: without a language model only the best path."""
+    return DECODINGS if config.decode.order else DECODINGS[:1]
 
 
 def test_scores(pipeline: Pipeline, role: str, metric: str = "wer") -> list[Scores]:

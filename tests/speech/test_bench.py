@@ -64,6 +64,13 @@ def test_quality_compares_recipes_under_one_teacher(data: Path, tmp_path: Path) 
     assert first["student"]["metrics"]["wer"] == {"mean": wer["student"], "sd": None}
     difference = found["runs"][only[0]]["differences"]["wer against student_alone, by utterance"]
     assert difference["value"] == pytest.approx(wer["student"] - wer["student_alone"])
+    others = [
+        row["metrics"]["wer"]
+        for row in read_json(tmp_path / f"speech-{data.name}-{only[1]}" / "metrics.json")
+        if (row["role"], row["split"]) == ("student", "test")
+    ]
+    assert found["between"].keys() == {" against ".join(only)}
+    assert found["between"][" against ".join(only)]["wer"]["value"] == pytest.approx(wer["student"] - others[0])
     times = models(tmp_path)
     again = bench_quality.run(tmp_path, only[:1], **given)  # type: ignore[arg-type]
     assert models(tmp_path) == times and again["runs"][only[0]]["differences"] == found["runs"][only[0]]["differences"]
