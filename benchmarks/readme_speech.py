@@ -44,6 +44,10 @@ def quality(result: dict[str, Any]) -> str:
             if metric in found
         ]
         lines.append(f"Student of `{first}` minus that of `{other}`, points: {'; '.join(said)}.")
+    share = result["teacher_on_training"]
+    lines.append(
+        f"On the recordings it teaches, which it was trained on, the teacher errs in {share:.1%} of the words."
+    )
     wanted = [
         f"{role} {100 * result['targets'][role]['wer']:.1f} ({100 * result['targets'][role]['wer_lm']:.1f})"
         for role in ("teacher", "student")

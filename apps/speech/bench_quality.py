@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jiwer
+
 from apps.speech.bench_results import complete, decodings, summary, test_scores
 from apps.speech.config import load_config
 from apps.speech.data.corpora import find_data
+from apps.speech.decode.greedy import greedy
 from apps.speech.evaluate import compare
 from apps.speech.pipeline import Pipeline
 from kdcore.config import UserError
@@ -57,7 +60,19 @@ def run(
         runs[recipe] = summary(pipelines[recipe], rows)
         base = base or folder
     about = f"{name}: 8 speakers of the training part validate; seeds {', '.join(map(str, seeds))}"
-    return {"data": about, "runs": runs, "between": between(pipelines), "targets": TARGETS}
+    found = {"between": between(pipelines), "teacher_on_training": on_training(next(iter(pipelines.values())))}
+    return {"data": about, "runs": runs, **found, "targets": TARGETS}
+
+
+def on_training(pipeline: Pipeline) -> float:
+    """Return the teacher's word error rate by best paths on what it teaches: how little its lists add to the labels."""
+    teacher, prepared = pipeline.teach(pipeline.config.seeds[0]), pipeline.prepared
+    view, texts = pipeline.config.taught_views("train")[0], prepared.texts("train")
+    heard: list[str] = []
+    for start in range(0, len(texts), 16):
+        said = teacher.ask(prepared, "train", view, range(start, min(start + 16, len(texts))))["log_probs"]
+        heard += [prepared.units.decode(greedy(each).ids) for each in said]
+    return float(jiwer.wer(texts, heard))
 
 
 def between(pipelines: Mapping[str, Pipeline]) -> dict[str, dict[str, Any]]:
