@@ -68,10 +68,7 @@ def run(
     kept, valid = f"{words}@split=train@speaker!={names}", f"{words}@split=train@speaker={names}"
     test = f"{words}@split=test"
     speakers = sorted({each.speaker for each in read_corpus(find_data(digits)).utterances})
-    # greedy alone: the grammar is what digits are decoded with
-    views = json.dumps([{"student": view, "teacher": view} for view in _VIEWS])
-    epochs = [(f"{role}.trainer.max_epochs", str(_EPOCHS)) for role in ("teacher", "student")]
-    settings = [("views", views), *epochs, *overrides, ("decode.order", "0"), ("seeds", "[0]")]
+    settings = _settings(overrides)
 
     def fitted(name: str, **parts: list[str]) -> dict[str, Found]:
         given = [(f"data.{part}", json.dumps(corpora)) for part, corpora in parts.items()]
@@ -101,6 +98,14 @@ def run(
         "wer": _rates(folds, base, roles),
         "targets": {"digits": 0.9, "wer_difference": 0.005},
     }
+
+
+def _settings(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return what all models of the benchmark have beside their data."""
+    views = json.dumps([{"student": view, "teacher": view} for view in _VIEWS])
+    epochs = [(f"{role}.trainer.max_epochs", str(_EPOCHS)) for role in ("teacher", "student")]
+    # greedy alone: the grammar is what digits are decoded with
+    return [("views", views), *epochs, *overrides, ("decode.order", "0"), ("seeds", "[0]")]
 
 
 def _named(corpus: str) -> str:

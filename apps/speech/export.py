@@ -179,10 +179,7 @@ def export_model(
         step = OnnxStep(model)
         _write_models(step, len(units.symbols), folder)
         write_text(folder / TOKENS, "".join(f"{each} {at}\n" for at, each in enumerate((*units.symbols, BLANK))))
-        given = iter(clips)
-        first = list(islice(given, _PROVED))
-        if not first:
-            raise ValueError("clips: got none, wanted at least one")
+        first, given = _begun(clips)
         parity = prove(model, step, folder / MODEL, [_features(clip)[:_LONGEST] for clip in first])
         compared = _compare(folder, step.window, units, _chain(first, given))
         _write_clip(folder / CLIP, compared.samples)
@@ -205,6 +202,15 @@ def export_model(
         about = {**_about(card, calibration, calibration_lm), "delay_ms": delay_ms, "decode": dict(decode or {})}
         test = {"audio": CLIP, "text": card.clip_texts}
         write_json(folder / ABOUT, {**about, "self_test": test, "files": _checksums(folder)})
+
+
+def _begun(clips: Iterable[Clip]) -> tuple[list[Clip], Iterator[Clip]]:
+    """Return the clips on which parity is proved, and what follows them."""
+    given = iter(clips)
+    first = list(islice(given, _PROVED))
+    if not first:
+        raise ValueError("clips: got none, wanted at least one")
+    return first, given
 
 
 def _keep(folder: Path, only: str | None) -> tuple[str, ...]:

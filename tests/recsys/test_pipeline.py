@@ -121,7 +121,7 @@ def test_metrics_have_a_row_for_every_model_seed_and_part(finished):
         assert set(row["metrics"]) == set(RecsysConfig().metrics)
         assert (row["latency_ms"]["p50"] is None) == (row["split"] == "valid")
         assert row["split"] == "valid" or 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
-        assert row["train_seconds"] > 0
+        assert row["train_seconds"] >= 0  # milliseconds: EASE of a tiny log may take none
         file = next(finished.glob(f"seeds/{row['seed']}/**/{folder_of(row)}/model.safetensors"))
         assert row["bytes"] == file.stat().st_size
         assert row["params"] == load_model(file.parent).parameter_count()
