@@ -271,10 +271,14 @@ class WordDecoder:
 
 
 class Grammar(WordDecoder):
-    """Decodes posteriors into a closed list of words, all equally likely, in any sequence of at most ``max_words``."""
+    """Decodes posteriors into a closed list of words, all equally likely, in any sequence of at most ``max_words``.
 
-    def __init__(self, units: Spelling, words: Iterable[str], *, max_words: int | None = None, beam: int = 32) -> None:
-        super().__init__(units, words, max_words=max_words, beam=beam)
+    No symbol is too unlikely to be tried, as the list leaves few: a voice that the model hardly knows may need one.
+    """
+
+    def __init__(self, units: Spelling, words: Iterable[str], *, max_words: int | None = None, beam: int = 128) -> None:
+        tokens = len(units.symbols)
+        super().__init__(units, words, max_words=max_words, beam=beam, tokens=tokens, floor=0.0, threshold=600.0)
 
 
 class WordStream:

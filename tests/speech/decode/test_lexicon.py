@@ -181,6 +181,26 @@ def test_digits_are_heard_in_anything() -> None:
     assert grammar.decode(np.zeros((0, 29), np.float32))[0].words == ()
 
 
+def test_a_grammar_hears_what_is_hardly_likely() -> None:
+    """Letters far below what a search over all words looks at: the scores are still those of every path."""
+    units = Characters()
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        logits = rng.normal(size=(16, len(units.symbols) + 1)) * 4
+        logits[:, -1] += 25  # nearly all of it blank
+        log_probs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+        found = {one.words: one.score for one in Grammar(units, digits, max_words=1).decode(log_probs, 20)}
+        for digit in digits:
+            letters, boundary = units.encode(digit), units.symbols.index("▁")
+            # more boundaries than these on either side have next to no probability
+            spellings = [
+                [boundary] * before + letters + [boundary] * after for before in range(4) for after in range(4)
+            ]
+            wanted = np.logaddexp.reduce(ctc_log_probabilities(log_probs, spellings))
+            assert found[(digit,)] == pytest.approx(wanted, abs=1e-2)
+
+
 def test_max_words_of_pieces() -> None:
     units = Pieces()
     log_probs = posteriors(units.encode("yes no"), 12, np.random.default_rng(0), sure=8.0)
