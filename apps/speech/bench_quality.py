@@ -66,11 +66,11 @@ def run(
 
 def on_training(pipeline: Pipeline) -> float:
     """Return the teacher's word error rate by best paths on what it teaches: how little its lists add to the labels."""
-    teacher, prepared = pipeline.teach(pipeline.config.seeds[0]), pipeline.prepared
+    teacher, prepared = pipeline.lecturer(pipeline.config.seeds[0]), pipeline.prepared
     view, texts = pipeline.config.taught_views("train")[0], prepared.texts("train")
-    heard: list[str] = []
+    parts, heard = prepared.training_parts, list[str]()
     for start in range(0, len(texts), 16):
-        said = teacher.ask(prepared, "train", view, range(start, min(start + 16, len(texts))))["log_probs"]
+        said = teacher.ask(prepared, parts, view, range(start, min(start + 16, len(texts))))["log_probs"]
         heard += [prepared.units.decode(greedy(each).ids) for each in said]
     return float(jiwer.wer(texts, heard))
 

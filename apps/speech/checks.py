@@ -86,10 +86,12 @@ def _check_teacher(config: SpeechConfig) -> None:
     if teacher.seed is not None and teacher.seed < 0:
         raise UserError(f"teacher.seed: got {teacher.seed}, wanted 0 or more, or null for one teacher a seed")
     _check_used(teacher)
+    _check_folds(config)
     if teacher.by == "error" and any(member.path for member in teacher.members):
         raise UserError("teacher.by: wanted equal or confidence: a pretrained member has no error rate of this run")
     for index, (name, member) in enumerate(_members(teacher).items()):
-        _check_member(name, member, first=index == 0)
+        # the teachers of folds come after the teacher
+        _check_member(name, member, first=index == 0 and not teacher.folds)
 
 
 def _members(teacher: TeacherConfig) -> dict[str, MemberConfig]:
@@ -110,6 +112,19 @@ def _check_used(teacher: TeacherConfig) -> None:
         got = getattr(teacher, name)
         if len(teacher.members) < 2 and got != getattr(plain, name):
             raise UserError(f"teacher.{name}: got {got}, wanted it with at least two teacher.members alone")
+
+
+def _check_folds(config: SpeechConfig) -> None:
+    """Refuse folds of what is not one model trained here, and what takes that several speak alike."""
+    teacher = config.teacher
+    if not teacher.folds:
+        return
+    if teacher.folds < 2:
+        raise UserError(f"teacher.folds: got {teacher.folds}, wanted at least 2, or 0 for none")
+    if teacher.members or teacher.path:
+        raise UserError("teacher.folds: wanted one teacher, trained here: no teacher.members and no teacher.path")
+    if needs({name: each.options for name, each in config.knowledge.items()}).teacher_layers:
+        raise UserError("teacher.folds: hint and layers want one teacher: the layers of several are not alike")
 
 
 def _check_folders(teacher: TeacherConfig) -> None:
@@ -135,7 +150,9 @@ def _check_member(name: str, member: MemberConfig, *, first: bool) -> None:
     if not member.path:
         _check_model(name, member)
     if member.guided and (first or member.path):
-        raise UserError(f"{name}.guided: wanted a member after the first, which is the guide, and trained here")
+        raise UserError(
+            f"{name}.guided: wanted a member after the first, which is the guide, or folds, and trained here"
+        )
     _check_weight(f"{name}.guided", member.guided)
 
 

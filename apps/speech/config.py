@@ -100,7 +100,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MemberConfig(ModelConfig):
-    """A teacher, or one of several; ``guided`` trains it to spike where the first member does."""
+    """A teacher, or one of several; ``guided`` trains it, or those of its folds, to spike where the first one does."""
 
     kind: str = "bilstm"
     # a folder of a Hugging Face CTC model; nothing is trained then
@@ -117,6 +117,9 @@ class TeacherConfig(MemberConfig):
     combine: Literal["average", "switched"] = "average"
     # what an average is weighed by: the members' error rates on validation, or how sure each is of an utterance
     by: Literal["equal", "error", "confidence"] = "equal"
+    # so many more, each trained without a share of the speakers, teach those: a teacher that has learnt a recording's
+    # text by heart says of it little else; 0: the teacher itself teaches all (cross-fitting, Dao et al., 2021)
+    folds: int = 0
     # train one teacher with this seed for all students; None: one teacher a seed
     seed: int | None = 0
 

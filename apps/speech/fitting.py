@@ -142,6 +142,7 @@ def fit_model(
     lessons: Lessons | None = None,
     layers: Sequence[str] = (),
     labels: float = 1.0,
+    which: str = "",
 ) -> Fitted:
     """Fit one model on its training rows; selection is by ``validate``, never on test.
 
@@ -150,6 +151,7 @@ def fit_model(
         terms: what is taught beside the labels, given the student; ``lessons`` hold what they ask for.
         layers: the terms are given the student's layers as ``student.LAYER``.
         labels: the weight of the labels.
+        which: what tells the model from its likes in the log, behind its label.
     """
     started = time.perf_counter(), time.process_time()
     torch.manual_seed(seed)
@@ -169,7 +171,7 @@ def fit_model(
         labels=labels,
         rounded_from=math.ceil(config.quantize_from * config.trainer.max_epochs) if rounded else None,
     )
-    named = {**(context or {}), "model": model.label()}
+    named = {**(context or {}), "model": f"{model.label()}{which}"}
     description = f"{named.get('role', '')} {named['model']}".strip()
     trainer = Trainer(config.trainer, seed=seed, folder=folder, key=key, context=named, description=description)
     result = trainer.fit(step)

@@ -33,7 +33,7 @@ from apps.speech.latency import (
 from apps.speech.memory import model_memory
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model, model_bytes
-from apps.speech.pipeline import Cell, Pipeline
+from apps.speech.pipeline import FOLDS, Cell, Pipeline
 from apps.speech.slices import slices
 from apps.speech.views import parse_view
 from kdcore import processes
@@ -366,11 +366,14 @@ def _row(
 
 
 def _about(cell: Cell) -> dict[str, Any]:
-    """Return size and cost of a model; of an ensemble those of all its members."""
+    """Return size and cost of a model; of an ensemble those of all its members, and what a teacher's folds cost."""
     folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
-    each = [read_json(folder / "model.json") for folder in folders if (folder / "model.json").exists()]
-    sums = {name: sum(one[name] for one in each) for name in ("parameters", "train_seconds", "train_cpu_seconds")}
-    return {**sums, "bytes": sum(model_bytes(folder) for folder in folders if (folder / "model.json").exists())}
+    folders = [folder for folder in folders if (folder / "model.json").exists()]
+    others = sorted(cell.folder.with_name(FOLDS).glob("fold-*/model.json")) if cell.role == "teacher" else []
+    fitted = [read_json(file) for file in (*(folder / "model.json" for folder in folders), *others)]
+    costs = {name: sum(one[name] for one in fitted) for name in ("train_seconds", "train_cpu_seconds")}
+    parameters = sum(one["parameters"] for one in fitted[: len(folders)])
+    return {**costs, "parameters": parameters, "bytes": sum(map(model_bytes, folders))}
 
 
 def _label(pipeline: Pipeline, cell: Cell) -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from apps.speech import fitting, knowledge
 from apps.speech.checks import check_config
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
+from apps.speech.data.folds import speaker_folds
 from apps.speech.distill import Lessons
 from apps.speech.knowledge import Pair
 from apps.speech.models import AcousticModel
@@ -24,13 +27,15 @@ from apps.speech.models.huggingface import HuggingFaceCtc
 from apps.speech.models.pretrained import folder_fingerprint
 from apps.speech.models.store import load_model, save_model
 from apps.speech.prepared import Prepared, prepare
-from apps.speech.teachers import Teacher, teacher_lessons
+from apps.speech.teachers import CrossFitted, Teacher, teacher_lessons
 from kdcore import processes
 from kdcore.config import UserError, build, read_yaml, resolved
 from kdcore.run import RunDirectory, belongs, deploy_model, fingerprint, gather_logs, provenance, read_json, write_json
 from kdcore.teaching import Term
 
 Announce = Callable[[str], None]
+# beside the teacher's folder, those of the teachers of its folds
+FOLDS = "teacher_folds"
 ROLES = ("teacher", "student_alone", "student")
 
 
@@ -41,6 +46,14 @@ class Cell:
     role: str
     folder: Path
     seed: int
+
+
+@dataclass(frozen=True)
+class Without:
+    """Training rows int64 [n] that a model is not trained on, and what they are called."""
+
+    name: str
+    rows: np.ndarray
 
 
 class Pipeline:
@@ -104,14 +117,37 @@ class Pipeline:
             members.append(self._member(member, own, folder / f"member-{index}", members))
         return Teacher([each.models[0] for each in members], [each.members[0] for each in members], config.by)
 
-    def _member(self, config: MemberConfig, seed: int, folder: Path, before: Sequence[Teacher]) -> Teacher:
+    def lecturer(self, seed: int) -> Teacher:
+        """Return who speaks of the training utterances: the teacher of a seed, or those of its folds for it."""
+        teacher, config = self.teach(seed), self.config.teacher
+        if not config.folds:
+            return teacher
+        own = seed if config.seed is None else config.seed
+        utterances = [each for part in self.prepared.training_parts for each in self.prepared.corpora[part].utterances]
+        folds = speaker_folds(utterances, config.folds)
+        others: list[Teacher] = []
+        for fold in range(config.folds):
+            folder = self._folder("teacher", own).with_name(FOLDS) / f"fold-{fold}"
+            without = Without(f"without fold {fold + 1} of {config.folds}", np.flatnonzero(folds == fold))
+            others.append(self._member(config, own, folder, [teacher, *others], without))
+        return CrossFitted(teacher.models, teacher.members, others=others, folds=folds)
+
+    def _member(
+        self, config: MemberConfig, seed: int, folder: Path, before: Sequence[Teacher], without: Without | None = None
+    ) -> Teacher:
         if config.path:
             listener = HuggingFaceCtc.from_folder(config.path, self.prepared.units)
             return Teacher([listener], [Member(folder_fingerprint(config.path), self.prepared.units.symbols)])
         views = list(dict.fromkeys(pair.teacher for pair in self.config.views))
         guide = before[0] if config.guided and before else None
         drawn = member_seed(seed, len(before))
-        key = self._key("teacher", drawn, {"model": resolved(config), "guide": guide.fingerprint if guide else ""})
+        # the teacher is the same whether others are fitted beside it or not
+        model = {name: value for name, value in resolved(config).items() if name != "folds"}
+        settings = (
+            {"model": model, "guide": guide.fingerprint} if guide else {"model": {**model, "guided": 0.0}, "guide": ""}
+        )
+        settings |= {"without": fingerprint(without.rows.tobytes())} if without else {}
+        key = self._key("teacher", drawn, settings)
         lessons, terms = None, _no_terms
         if guide is not None:
             lessons = self._lessons([(guide, view) for view in views], seed, {"guided": {}})
@@ -120,7 +156,9 @@ class Pipeline:
                 pair = Pair(model.classes - 1, model.width, guide.width)
                 return knowledge.terms("guided", {}, config.guided, pair)
 
-        self._fit("teacher", seed, key, config, folder, views, drawn=drawn, terms=terms, lessons=lessons)
+        self._fit(
+            "teacher", seed, key, config, folder, views, drawn=drawn, without=without, terms=terms, lessons=lessons
+        )
         return _as_teacher(folder)
 
     def _lessons(
@@ -154,7 +192,7 @@ class Pipeline:
 
     def fit_student(self, seed: int) -> None:
         """Fit the taught student of a seed, and its teacher where that is not there."""
-        config, teacher = self.config.student, self.teach(seed)
+        config, teacher = self.config.student, self.lecturer(seed)
         given = {name: dict(each.options) for name, each in self.config.knowledge.items()}
         settings = {
             "student": resolved(config),
@@ -195,12 +233,14 @@ class Pipeline:
         *,
         drawn: int | None = None,
         labelled: bool = False,
+        without: Without | None = None,
         **taught: Any,
     ) -> None:
         """Fit and store the model of a cell if it is not there.
 
         ``labelled`` leaves out the rows without a text and repeats others, so that there are as many updates as with.
-        ``drawn`` is what the fit is seeded with where that is not the seed of the cell.
+        ``drawn`` is what the fit is seeded with where that is not the seed of the cell; ``without`` are rows that are
+        not trained on.
         """
         if processes.agree(belongs(folder, key)):
             return
@@ -208,8 +248,11 @@ class Pipeline:
         data = prepared.training(views)
         if labelled or role == "teacher":
             data = data.with_texts(as_long=labelled)
+        if without is not None:
+            data = replace(data, rows=np.setdiff1d(data.rows, without.rows))
         valid = prepared.store("valid", self.config.tested_view(role))
-        self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind})")
+        which = f", {without.name}" if without else ""
+        self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind}{which})")
         fitted = fitting.fit_model(
             config,
             data,
@@ -220,6 +263,7 @@ class Pipeline:
             folder=folder.with_name(f"{folder.name}.checkpoints"),
             key=key,
             context={"role": role, "seed": seed},
+            which=which,
             labels=self.config.student.labels if role == "student" else 1.0,
             **taught,
         )

@@ -8,12 +8,14 @@ and said to be; ``teacher.combine: switched`` makes them of each by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from apps.speech.data.folds import NO_FOLD
 from apps.speech.data.utterance import utterance_at
 from apps.speech.decode.greedy import greedy
 from apps.speech.fitting import ask, attention_targets
@@ -117,6 +119,41 @@ class Teacher:
     def alone(self, index: int) -> Teacher:
         """Return one of the models as a teacher by itself."""
         return Teacher([self.models[index]], [self.members[index]])
+
+
+@dataclass(frozen=True)
+class CrossFitted(Teacher):
+    """A teacher that has others speak for it, each of the utterances it was trained without.
+
+    So what is said of a training utterance is what a teacher makes of a voice it does not know, not what it remembers
+    (cross-fitting; Dao et al., ICLR 2021).
+    """
+
+    others: Sequence[Teacher] = ()
+    # which of the others speaks of each training row, int64 [N]; NO_FOLD: the teacher itself, for it has no text
+    folds: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def fingerprint(self) -> str:
+        """What it and the others are, and who speaks of what."""
+        return fingerprint(super().fingerprint, *(each.fingerprint for each in self.others), self.folds.tobytes())
+
+    def ask(
+        self, prepared: Prepared, parts: str | Sequence[str], view: str, rows: Sequence[int], **options: Any
+    ) -> dict[str, list[np.ndarray]]:
+        """Return what is said of training rows, as ``Teacher.ask``; ValueError for other parts."""
+        if list([parts] if isinstance(parts, str) else parts) != prepared.training_parts:
+            raise ValueError(f"parts: got {parts}, wanted {prepared.training_parts}, which the folds are of")
+        found: dict[str, list[np.ndarray]] = {}
+        for fold in np.unique(self.folds[list(rows)]).tolist():
+            places = [place for place, row in enumerate(rows) if self.folds[row] == fold]
+            ask = super().ask if fold == NO_FOLD else self.others[fold].ask
+            said = ask(prepared, parts, view, [rows[place] for place in places], **options)
+            for name, values in said.items():
+                of_all = found.setdefault(name, [np.empty(0)] * len(rows))
+                for place, value in zip(places, values, strict=True):
+                    of_all[place] = value
+        return found
 
 
 def view_lessons(

@@ -22,6 +22,7 @@ from apps.speech.models import new_model
 from apps.speech.models.huggingface import import_transformers
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline, member_seed
+from apps.speech.teachers import CrossFitted
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
 from kdcore.report import write_report
@@ -262,6 +263,66 @@ def test_a_guided_member_is_taught_by_the_first(data: Path, tmp_path: Path) -> N
     assert np.isfinite(second[0]["guided"]) and second[0]["guided"] != 0
 
 
+def of_folds(data: Path, folder: Path, **settings: Any) -> Pipeline:
+    """Return a run whose teacher has others teach, each without the speakers of one of two folds."""
+    teacher = {"kind": "bilstm", "options": SIZES["bilstm"], "trainer": TRAINER, "optimization": {"batch_frames": 1500}}
+    return small("ctc_frame_level", data, folder, teacher={**teacher, "folds": 2, **settings}, views=[{}])
+
+
+def lecturer(pipeline: Pipeline) -> CrossFitted:
+    found = pipeline.lecturer(0)
+    assert isinstance(found, CrossFitted)
+    return found
+
+
+def test_teachers_of_folds_speak_of_what_they_were_not_trained_on(data: Path, tmp_path: Path) -> None:
+    pipeline = of_folds(data, tmp_path / "one")
+    who, prepared = lecturer(pipeline), pipeline.prepared
+    speakers = [each.speaker for each in prepared.corpora["train"].utterances]
+    assert set(who.folds) == {0, 1} and len(set(zip(speakers, who.folds, strict=True))) == len(set(speakers))
+    rows = range(len(speakers))
+    said = who.ask(prepared, "train", "clean", rows)["log_probs"]
+    each = [other.ask(prepared, "train", "clean", rows)["log_probs"] for other in who.others]
+    for row, fold in enumerate(who.folds.tolist()):
+        np.testing.assert_allclose(said[row], each[fold][row], atol=1e-5)
+        assert np.abs(said[row] - each[1 - fold][row]).max() > 1e-4
+    with pytest.raises(ValueError, match="which the folds are of"):
+        who.ask(prepared, "test", "clean", [0])
+    # with other texts in the first fold, a teacher that was trained without it is the same, and the others are not
+    other = of_folds(data, tmp_path / "other")
+    file = other.prepared.folder / "data" / "train.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    first = [line for line, fold in zip(lines, who.folds, strict=True) if fold == 0]
+    for line, text in zip(first, [each["text"] for each in first[1:] + first[:1]], strict=True):
+        line["text"] = text
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    del other.prepared
+    changed = lecturer(other)
+    assert changed.others[0].fingerprint == who.others[0].fingerprint
+    assert changed.others[1].fingerprint != who.others[1].fingerprint
+    assert changed.members[0].name != who.members[0].name
+
+
+def test_teachers_of_folds_are_guided_by_the_teacher_and_count_in_what_it_took(data: Path, tmp_path: Path) -> None:
+    plain = of_folds(data, tmp_path / "plain", folds=0)
+    pipeline = of_folds(data, tmp_path, guided=1.0)
+    rows = run(pipeline)
+    # the teacher itself is as it is without them
+    assert plain.teach(0).fingerprint == pipeline.teach(0).fingerprint != lecturer(pipeline).fingerprint
+    epochs = [event for event in read_log(tmp_path / "run" / "log.jsonl") if event["event"] == "epoch"]
+    terms = {event["model"].partition(", ")[2]: set(event["terms"]) for event in epochs if event["role"] == "teacher"}
+    guided = {f"without fold {fold} of 2": {"ctc", "guided"} for fold in (1, 2)}
+    assert terms == {"": {"ctc"}, **guided}
+    folder = tmp_path / "run" / "seeds" / "shared"
+    spent = [read_json(file)["train_cpu_seconds"] for file in folder.glob("teacher*/**/model.json")]
+    assert len(spent) == 3
+    assert [row["train_cpu_seconds"] for row in rows if row["role"] == "teacher"] == [pytest.approx(sum(spent))] * 2
+    # what each said is kept by who said it: a student of a teacher without folds is another one
+    plain.fit_student(0)
+    one, other = (load_file(path / "run/seeds/0/student/model.safetensors") for path in (tmp_path, tmp_path / "plain"))
+    assert any(not np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_path: Path) -> None:
     pipeline = small("ctc_sequence_level", data, tmp_path)
     config = load_config(
@@ -338,6 +399,11 @@ def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None
         ({"student": {"kind": "bilstm", "options": {}}}, "wanted a model that streams"),
         ({"student": {"kind": "conv_rnn", "options": {"size": "smal"}}}, "small"),
         ({"teacher": {"guided": 1.0}}, "a member after the first"),
+        ({"teacher": {"folds": 1}}, r"^teacher\.folds: got 1, wanted at least 2"),
+        ({"teacher": {"folds": -2}}, r"^teacher\.folds: got -2, wanted at least 2"),
+        ({"teacher": {"folds": 2, "members": [{}, {}]}}, r"^teacher\.folds: wanted one teacher, trained here"),
+        ({"teacher": {"folds": 2, "path": "/nowhere"}}, r"^teacher\.folds: wanted one teacher, trained here"),
+        ({"teacher": {"folds": 2}, "knowledge": {"hint": {}}}, r"^teacher\.folds: hint and layers want one teacher"),
         ({"test_view": "nois:0:10"}, "noise"),
         ({"student": {"trainer": {"monitor": "loss", "mode": "min"}}}, "wanted wer or cer"),
     ],
