@@ -7,7 +7,7 @@ import math
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, TeacherConfig, alone_config
 from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
 from apps.speech.models import KINDS, model_options, new_model
-from apps.speech.views import parse_view
+from apps.speech.views import View, parse_view
 from kdcore.config import UserError
 
 _MONITORS = ("wer", "cer")
@@ -72,13 +72,16 @@ def _check_views(config: SpeechConfig) -> None:
     for pair in config.views:
         student, teacher = parse_view(pair.student), parse_view(pair.teacher)
         # frames must match: both are as long, or the same change of speed is in both
-        if _speeds(student.name) != _speeds(teacher.name):
-            raise UserError(f"views: {pair.student} and {pair.teacher} are not of one length; give both the same speed")
+        if _moved(student) != _moved(teacher):
+            raise UserError(
+                f"views: {pair.student} and {pair.teacher} are not of one length; give both the same speed and tempo"
+            )
     parse_view(config.test_view)
 
 
-def _speeds(view: str) -> list[str]:
-    return [part for part in view.split("+") if part.startswith("speed")]
+def _moved(view: View) -> list[str]:
+    """Return the steps that move frames."""
+    return [step.name for step in view.steps if not step.keeps_frames]
 
 
 def _check_teacher(config: SpeechConfig) -> None:

@@ -16,7 +16,11 @@ from apps.speech.views import Noise, Room, View, active_power, generated_noise, 
 from kdcore.config import UserError
 
 AN4 = Path(os.environ.get("KD_DATA", "../shared/data")) / "speech" / "an4"
-GENERATED = ["clean", "speed:0.9", "noise:0:10", "noise:5:5:babble", "room:0.4", "codec:3400:mulaw", "lowpass:2000"]
+GENERATED = [
+    *("clean", "speed:0.9", "tempo:1.3", "noise:0:10", "noise:5:5:babble"),
+    *("room:0.4", "codec:3400:mulaw", "lowpass:2000"),
+]
+EXTREME = ["speed:2", "tempo:0.5", "noise:-20:-20:white", "room:0.05"]
 
 
 def speech(seconds: float = 2.0, level: float = 0.5) -> np.ndarray:
@@ -37,6 +41,7 @@ def band(samples: np.ndarray, low: float, high: float) -> float:
     [
         ("clean", "clean"),
         ("speed:0.90", "speed:0.9"),
+        ("tempo:1.50", "tempo:1.5"),
         ("noise:0:10", "noise:0:10"),
         ("noise:-2.5:10.0:pink", "noise:-2.5:10:pink"),
         ("room:0.35 + codec:3400:mulaw", "room:0.35+codec:3400:mulaw"),
@@ -63,6 +68,7 @@ def test_any_number_comes_back(factor: float, low: float, high: float, rt60: flo
         ("", "unknown name ''"),
         ("speed:3", "factor: got '3', wanted a number from 0.5 to 2"),
         ("speed", "factor: got ''"),
+        ("tempo:0.1", "factor: got '0.1', wanted a number from 0.5 to 2"),
         ("speed:nan", "factor: got 'nan'"),
         ("noise:5", "high: got ''"),
         ("noise:10:5", "low is 10 dB, above high, 5 dB"),
@@ -91,7 +97,7 @@ def test_the_draw_is_a_function_of_seed_and_key(name: str) -> None:
     drawn = any(kind in name for kind in ("noise", "room"))
     assert np.array_equal(first, view.apply(samples, "b", 0)) is not drawn
     assert np.array_equal(first, view.apply(samples, "a", 1)) is not drawn
-    assert view.keeps_frames is (name != "speed:0.9")
+    assert view.keeps_frames is (name not in ("speed:0.9", "tempo:1.3"))
     assert not view.keeps_frames or len(first) == len(samples)
 
 
@@ -105,7 +111,11 @@ def test_the_first_noise_draws_the_same_in_every_view() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.lists(st.sampled_from([*GENERATED, "speed:2", "noise:-20:-20:white", "room:0.05"]), min_size=1, max_size=4),
+    name=st.lists(
+        st.sampled_from([*GENERATED, "speed:2", "tempo:0.5", "noise:-20:-20:white", "room:0.05"]),
+        min_size=1,
+        max_size=4,
+    ),
     count=st.integers(0, 3000),
     shape=st.sampled_from(["zeros", "ones", "square", "noise", "impulse"]),
     seed=st.integers(0, 3),
@@ -175,6 +185,27 @@ def test_speed_shortens_and_raises() -> None:
         wanted = 0.5 * np.sin(2 * np.pi * 1000 * factor * np.arange(len(heard)) / 16000)
         assert np.abs(heard - wanted)[300:-300].max() < 1e-3
     assert parse_view("speed:1").keeps_frames
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.8, 1.3, 1.7])
+def test_tempo_shortens_and_keeps_the_pitch(factor: float) -> None:
+    time = np.arange(32000) / 16000
+    view = parse_view(f"tempo:{factor}")
+    for hertz in (110, 440, 1234.5):
+        heard = view.apply((0.5 * np.sin(2 * np.pi * hertz * time)).astype(np.float32), "a", 0)
+        assert len(heard) == round(32000 / factor)
+        assert band(heard, hertz - 12, hertz + 12) > 0.98
+        # and as loud, without gaps
+        levels = np.sqrt(np.square(heard[800 : len(heard) // 800 * 800 - 800].reshape(-1, 800)).mean(1))
+        np.testing.assert_allclose(levels, 0.5 / np.sqrt(2), rtol=0.1)
+    # what is said comes in its order, in its share of the time: bursts of 200 ms with as long between them
+    loud = np.abs(view.apply(speech(4.0), "a", 0)) > 0.02
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.convolve(loud, np.ones(400), "same") > 4, [0]]).astype(int)))
+    lengths = (edges[1::2] - edges[::2]) / 16000
+    assert len(lengths) == 10
+    np.testing.assert_allclose(lengths, 0.2 / factor + 0.025, atol=0.03)
+    assert parse_view("tempo:1").keeps_frames
+    np.testing.assert_array_equal(parse_view("tempo:1").apply(speech(), "a", 0), speech())
 
 
 @pytest.mark.parametrize("rt60", [0.2, 0.5, 1.0])
