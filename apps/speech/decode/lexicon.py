@@ -7,7 +7,7 @@ with the audio count as they should.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from apps.speech.decode.ctc import BOUNDARY, Hypothesis, Spelling
 from apps.speech.decode.hotwords import Hotwords
 from apps.speech.decode.lm import LanguageModel
 from kdcore.config import UserError
+
+# for lists that leave few symbols to try: none is too unlikely, as a voice that the model hardly knows may need it
+UNPRUNED: Mapping[str, Any] = {"tokens": 1_000_000, "floor": 0.0, "threshold": 600.0}
 
 
 @dataclass(frozen=True)
@@ -273,12 +276,11 @@ class WordDecoder:
 class Grammar(WordDecoder):
     """Decodes posteriors into a closed list of words, all equally likely, in any sequence of at most ``max_words``.
 
-    No symbol is too unlikely to be tried, as the list leaves few: a voice that the model hardly knows may need one.
+    Every symbol that the words allow is tried.
     """
 
     def __init__(self, units: Spelling, words: Iterable[str], *, max_words: int | None = None, beam: int = 128) -> None:
-        tokens = len(units.symbols)
-        super().__init__(units, words, max_words=max_words, beam=beam, tokens=tokens, floor=0.0, threshold=600.0)
+        super().__init__(units, words, max_words=max_words, beam=beam, **UNPRUNED)
 
 
 class WordStream:

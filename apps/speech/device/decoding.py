@@ -17,7 +17,7 @@ from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import GreedyStream
 from apps.speech.decode.hotwords import Hotwords
-from apps.speech.decode.lexicon import WordDecoder, WordStream
+from apps.speech.decode.lexicon import UNPRUNED, WordDecoder, WordStream
 from apps.speech.decode.lm import LINE_LIMIT, LanguageModel, check_arpa
 from apps.speech.decode.words import Word, timed_words
 from apps.speech.device.spelling import Symbols, normalised
@@ -128,6 +128,7 @@ class Decoder:
             word_score=decoding.word_score,
             hotwords=self._hotwords,
             beam=decoding.width,
+            **(UNPRUNED if decoding.grammar else {}),
         )
 
     def search(self) -> Search:
