@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcore.config import UserError, differences, dump_yaml, read_yaml
+from kdcore.config import UserError, build, differences, dump_yaml, read_yaml, resolved
 
 ROLES = ("teacher", "student_alone", "student", "assistant", "baseline")
 
@@ -238,9 +238,16 @@ class RunDirectory:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
-    def refuse_other(self, config: Mapping[str, Any]) -> bool:
-        """Return whether a run with this resolved configuration is here already; UserError if it is another one."""
+    def refuse_other(self, config: Mapping[str, Any], kind: type | None = None) -> bool:
+        """Return whether a run with this resolved configuration is here already; UserError if it is another one.
+
+        Of ``kind``, what configurations are made of, it may lack settings that came later: they count as the defaults.
+        """
         theirs = self.read_config()
+        if theirs is not None and kind is not None:
+            # settings that are no more are told as a difference
+            with suppress(UserError):
+                theirs = resolved(build(kind, theirs, "config.yaml"))
         if theirs is not None and fingerprint(theirs) != fingerprint(config):
             changed = ", ".join(differences(theirs, dict(config))[:5])
             raise UserError(f"{self.path}: holds a run with other settings ({changed}); choose another --out")

@@ -97,7 +97,7 @@ class Pipeline:
     def _prepared(self) -> Dataset:
         folder = self.run.path / "data"
         if (folder / "dataset.json").exists():
-            self.run.refuse_other(resolved(self.config))
+            self.run.refuse_other(resolved(self.config), RecsysConfig)
             self._dataset = load_dataset(folder)
         else:
             self._dataset = self._read()

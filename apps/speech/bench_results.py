@@ -19,7 +19,7 @@ def complete(config: SpeechConfig, folder: Path) -> tuple[Pipeline, list[dict[st
     """Return a run that is trained and evaluated on all its seeds, and its rows; what is there already is kept."""
     pipeline = Pipeline(config, folder, Announcer())
     for seed in config.seeds:
-        pipeline.teach(seed)
+        pipeline.lecturer(seed)
         pipeline.distill(seed)
     rows = evaluate(pipeline)
     pipeline.deploy()

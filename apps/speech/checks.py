@@ -7,7 +7,7 @@ import math
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, TeacherConfig, alone_config
 from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
 from apps.speech.models import KINDS, model_options, new_model
-from apps.speech.views import View, parse_view
+from apps.speech.views import Tempo, View, parse_view
 from kdcore.config import UserError
 
 _MONITORS = ("wer", "cer")
@@ -74,14 +74,23 @@ def _check_views(config: SpeechConfig) -> None:
         # frames must match: both are as long, or the same change of speed is in both
         if _moved(student) != _moved(teacher):
             raise UserError(
-                f"views: {pair.student} and {pair.teacher} are not of one length; give both the same speed and tempo"
+                f"views: {pair.student} and {pair.teacher} are not of one length; give both the same speed, and the "
+                "same tempo, before which both hear the same"
             )
-    parse_view(config.test_view)
+    if _moved(parse_view(config.test_view)) and config.test_view not in {pair.teacher for pair in config.views}:
+        raise UserError(
+            f"test_view: got {config.test_view}, whose frames are not those of clean, in which the teacher is tested; "
+            "wanted one of the teacher's views, or neither speed nor tempo"
+        )
 
 
 def _moved(view: View) -> list[str]:
-    """Return the steps that move frames."""
-    return [step.name for step in view.steps if not step.keeps_frames]
+    """Return the steps that move frames; where a tempo's are cut depends on what is heard, so on the steps before."""
+    return [
+        "+".join(each.name for each in view.steps[: place + 1]) if isinstance(step, Tempo) else step.name
+        for place, step in enumerate(view.steps)
+        if not step.keeps_frames
+    ]
 
 
 def _check_teacher(config: SpeechConfig) -> None:

@@ -185,7 +185,7 @@ def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         return 0
     for seed in pipeline.config.seeds:
         if args.verb in ("teach", "distill", "run"):
-            pipeline.teach(seed)
+            pipeline.lecturer(seed)
         if args.verb in ("distill", "run"):
             pipeline.distill(seed)
     if args.verb in ("evaluate", "run"):

@@ -118,7 +118,8 @@ class TeacherConfig(MemberConfig):
     # what an average is weighed by: the members' error rates on validation, or how sure each is of an utterance
     by: Literal["equal", "error", "confidence"] = "equal"
     # so many more, each trained without a share of the speakers, teach those: a teacher that has learnt a recording's
-    # text by heart says of it little else; 0: the teacher itself teaches all (cross-fitting, Dao et al., 2021)
+    # text by heart says of it little else; 0: the teacher itself teaches all (cross-fitting, Dao et al., 2021).
+    # ``guided`` has them spike in the same frames, which they learn from the teacher on their own recordings only
     folds: int = 0
     # train one teacher with this seed for all students; None: one teacher a seed
     seed: int | None = 0

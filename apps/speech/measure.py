@@ -348,7 +348,7 @@ def _row(
     metrics: Mapping[str, float],
     **more: Any,
 ) -> dict[str, Any]:
-    about = _about(cell)
+    about = _about(cell, measurement.config.teacher.folds)
     return metric_row(
         domain="speech",
         recipe=measurement.config.recipe,
@@ -365,23 +365,25 @@ def _row(
     )
 
 
-def _about(cell: Cell) -> dict[str, Any]:
+def _about(cell: Cell, folds: int) -> dict[str, Any]:
     """Return size and cost of a model; of an ensemble those of all its members, and what a teacher's folds cost."""
     folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
     folders = [folder for folder in folders if (folder / "model.json").exists()]
-    others = sorted(cell.folder.with_name(FOLDS).glob("fold-*/model.json")) if cell.role == "teacher" else []
-    fitted = [read_json(file) for file in (*(folder / "model.json" for folder in folders), *others)]
+    others = [cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in range(folds if cell.role == "teacher" else 0)]
+    fitted = [read_json(folder / "model.json") for folder in (*folders, *others)]
     costs = {name: sum(one[name] for one in fitted) for name in ("train_seconds", "train_cpu_seconds")}
     parameters = sum(one["parameters"] for one in fitted[: len(folders)])
     return {**costs, "parameters": parameters, "bytes": sum(map(model_bytes, folders))}
 
 
 def _label(pipeline: Pipeline, cell: Cell) -> str:
-    """Return what a model is called; a teacher that is not tested as the students are says how it is."""
+    """Return what a model is called; a teacher that is not tested as the students are, or has others teach, says so."""
     if (cell.folder / "model.json").exists():
         label = str(read_json(cell.folder / "model.json")["label"])
     else:
         label = "ensemble" if cell.folder.exists() else "pretrained"
+    if cell.role == "teacher" and pipeline.config.teacher.folds:
+        label += f", teaching by {pipeline.config.teacher.folds} folds"
     view = pipeline.config.tested_view(cell.role)
     return label if view == pipeline.config.test_view else f"{label}, {view}"
 

@@ -19,6 +19,7 @@ from apps.speech import fitting, knowledge
 from apps.speech.checks import check_config
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
 from apps.speech.data.folds import speaker_folds
+from apps.speech.data.utterance import Utterance
 from apps.speech.distill import Lessons
 from apps.speech.knowledge import Pair
 from apps.speech.models import AcousticModel
@@ -85,8 +86,11 @@ class Pipeline:
     def prepared(self) -> Prepared:
         """The data of the run, read and checked at the first call; configuration and provenance are written then."""
         with processes.first_process_first():
-            known = self._reopened or self.run.refuse_other(resolved(self.config))
+            known = self._reopened or self.run.refuse_other(resolved(self.config), SpeechConfig)
             found = prepare(self.config, self.run.path, self.announce)
+            if self.config.teacher.folds:
+                # too many are refused before the settings are written, and before anything is fitted
+                self._announce_folds(found, speaker_folds(_trained(found), self.config.teacher.folds))
             if not known:
                 self.run.write_config(resolved(self.config))
             if not (self.run.path / "provenance.json").exists():
@@ -118,19 +122,29 @@ class Pipeline:
         return Teacher([each.models[0] for each in members], [each.members[0] for each in members], config.by)
 
     def lecturer(self, seed: int) -> Teacher:
-        """Return who speaks of the training utterances: the teacher of a seed, or those of its folds for it."""
+        """Return who speaks of the training utterances: the teacher of a seed, or those of its folds for it.
+
+        They are fitted, or loaded.
+        """
         teacher, config = self.teach(seed), self.config.teacher
         if not config.folds:
             return teacher
         own = seed if config.seed is None else config.seed
-        utterances = [each for part in self.prepared.training_parts for each in self.prepared.corpora[part].utterances]
-        folds = speaker_folds(utterances, config.folds)
+        folds = speaker_folds(_trained(self.prepared), config.folds)
         others: list[Teacher] = []
         for fold in range(config.folds):
             folder = self._folder("teacher", own).with_name(FOLDS) / f"fold-{fold}"
             without = Without(f"without fold {fold + 1} of {config.folds}", np.flatnonzero(folds == fold))
             others.append(self._member(config, own, folder, [teacher, *others], without))
         return CrossFitted(teacher.models, teacher.members, others=others, folds=folds)
+
+    def _announce_folds(self, prepared: Prepared, folds: np.ndarray) -> None:
+        held = []
+        for fold in range(self.config.teacher.folds):
+            mine = [each for each, own in zip(_trained(prepared), folds, strict=True) if own == fold]
+            speakers = len({each.speaker for each in mine if each.speaker}) or "no named"
+            held.append(f"{sum(each.duration for each in mine) / 60:.1f} min of {speakers} speakers")
+        self.announce(f"teacher's folds: {'; '.join(held)}")
 
     def _member(
         self, config: MemberConfig, seed: int, folder: Path, before: Sequence[Teacher], without: Without | None = None
@@ -250,6 +264,8 @@ class Pipeline:
             data = data.with_texts(as_long=labelled)
         if without is not None:
             data = replace(data, rows=np.setdiff1d(data.rows, without.rows))
+            if not len(data.rows):
+                raise UserError(f"teacher.folds: nothing is left to train on {without.name}; wanted other folds")
         valid = prepared.store("valid", self.config.tested_view(role))
         which = f", {without.name}" if without else ""
         self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind}{which})")
@@ -327,6 +343,11 @@ def member_seed(seed: int, place: int) -> int:
     one seed's second member the seed of the next one's first.
     """
     return int(fingerprint("member", {"seed": seed, "place": place})[:7], 16) if place else seed
+
+
+def _trained(prepared: Prepared) -> list[Utterance]:
+    """Return the utterances that are trained on, in the order of their rows."""
+    return [each for part in prepared.training_parts for each in prepared.corpora[part].utterances]
 
 
 def _no_terms(model: AcousticModel) -> Sequence[Term]:

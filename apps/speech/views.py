@@ -12,6 +12,8 @@ A view is written as steps joined by ``+``: ``speed:0.9``, ``noise:0:10``, ``roo
     codec:HERTZ[:mulaw]      a telephone: band limit, 8 kHz and back, with mulaw also 8-bit mu-law
     lowpass:HERTZ            what is above is removed
 
+A teacher may hear another view than its student if frames stay the same: with ``tempo`` both hear the same before it.
+
 The draws are a function of seed and key (the utterance's id) alone: the first ``noise`` of any view draws the same.
 Samples that would leave [-1, 1] are scaled as a whole, never clipped. No torch.
 """

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,25 @@ def test_a_folder_with_another_run_is_refused_with_what_differs(tmp_path: Path) 
     assert run.refuse_other({"d": 3, "a": {"c": 2, "b": 1}}) is True
     with pytest.raises(UserError, match=r"other settings \(a\.c, e\); choose another --out"):
         run.refuse_other({"a": {"b": 1, "c": 5}, "d": 3, "e": 1})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run; an earlier version did not have ``folds`` and had ``depth``."""
+
+    name: str = "one"
+    folds: int = 0
+
+
+def test_settings_that_came_after_a_run_are_its_defaults(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path)
+    run.write_config({"name": "two"})
+    assert run.refuse_other({"name": "two", "folds": 0}, Settings) is True
+    with pytest.raises(UserError, match=r"other settings \(folds\)"):
+        run.refuse_other({"name": "two", "folds": 3}, Settings)
+    run.write_config({"name": "two", "depth": 1})
+    with pytest.raises(UserError, match=r"other settings \(.*depth"):
+        run.refuse_other({"name": "two", "folds": 0}, Settings)
 
 
 def test_a_deployed_model_is_whole_and_kept_while_it_is_the_same(tmp_path: Path) -> None:

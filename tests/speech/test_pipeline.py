@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from apps.speech.checks import check_config
 from apps.speech.config import load_config, read_recipe, recipe_names
+from apps.speech.data.folds import NO_FOLD
 from apps.speech.fitting import ask
 from apps.speech.measure import Measurement, evaluate, shown_utterance
 from apps.speech.models import new_model
@@ -269,6 +271,10 @@ def of_folds(data: Path, folder: Path, **settings: Any) -> Pipeline:
     return small("ctc_frame_level", data, folder, teacher={**teacher, "folds": 2, **settings}, views=[{}])
 
 
+def _kind(folder: Path) -> str:
+    return str(read_json(folder / "teacher" / "model.json")["label"])
+
+
 def lecturer(pipeline: Pipeline) -> CrossFitted:
     found = pipeline.lecturer(0)
     assert isinstance(found, CrossFitted)
@@ -317,10 +323,38 @@ def test_teachers_of_folds_are_guided_by_the_teacher_and_count_in_what_it_took(d
     spent = [read_json(file)["train_cpu_seconds"] for file in folder.glob("teacher*/**/model.json")]
     assert len(spent) == 3
     assert [row["train_cpu_seconds"] for row in rows if row["role"] == "teacher"] == [pytest.approx(sum(spent))] * 2
-    # what each said is kept by who said it: a student of a teacher without folds is another one
+    assert {row["model"] for row in rows if row["role"] == "teacher"} == {f"{_kind(folder)}, teaching by 2 folds"}
+    # what each said is kept by who said it: over one cache, a student of a teacher without folds is another one
+    shutil.copytree(folder, tmp_path / "plain" / "run" / "seeds" / "shared", dirs_exist_ok=True)
     plain.fit_student(0)
     one, other = (load_file(path / "run/seeds/0/student/model.safetensors") for path in (tmp_path, tmp_path / "plain"))
     assert any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_too_many_folds_are_refused_before_anything_is_fitted(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^teacher\.folds: got 500, the training part has \d+ speakers"):
+        of_folds(data, tmp_path, folds=500).teach(0)
+    assert not (tmp_path / "run" / "seeds").exists()
+    pipeline, said = of_folds(data, tmp_path), list[str]()
+    pipeline.announce = said.append
+    assert pipeline.prepared
+    assert re.fullmatch(r"teacher's folds: [\d.]+ min of \d+ speakers; [\d.]+ min of \d+ speakers", said[-1])
+
+
+def test_what_nobody_wrote_down_is_spoken_of_by_the_teacher_itself(data: Path, tmp_path: Path) -> None:
+    pipeline = of_folds(data, tmp_path)
+    file = pipeline.prepared.folder / "data" / "train.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for line in lines[:3]:
+        del line["text"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    del pipeline.prepared
+    who, rows = lecturer(pipeline), range(len(lines))
+    assert who.folds[:3].tolist() == [NO_FOLD] * 3 and min(who.folds[3:]) == 0
+    said = who.ask(pipeline.prepared, ["train"], "clean", rows)["log_probs"]
+    own = pipeline.teach(0).ask(pipeline.prepared, "train", "clean", rows)["log_probs"]
+    for row in rows:
+        assert np.allclose(said[row], own[row], atol=1e-5) is (row < 3)
 
 
 def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_path: Path) -> None:
@@ -366,6 +400,7 @@ def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None
         ({"knowledge": {"sequnce": {}}}, "nearest|sequence"),
         ({"knowledge": {"frame": {"fade": -1}}}, r"knowledge\.frame\.fade: got -1, wanted epochs"),
         ({"views": [{"student": "speed:0.9", "teacher": "clean"}]}, "not of one length"),
+        ({"views": [{"student": "tempo:1.2", "teacher": "tempo:1.3"}]}, "not of one length"),
         ({"views": []}, "at least one pair"),
         ({"seeds": [0, 0]}, "distinct seeds"),
         ({"seeds": [-1]}, "seeds of 0 or more"),
@@ -405,6 +440,8 @@ def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None
         ({"teacher": {"folds": 2, "path": "/nowhere"}}, r"^teacher\.folds: wanted one teacher, trained here"),
         ({"teacher": {"folds": 2}, "knowledge": {"hint": {}}}, r"^teacher\.folds: hint and layers want one teacher"),
         ({"test_view": "nois:0:10"}, "noise"),
+        ({"test_view": "tempo:1.3"}, r"^test_view: got tempo:1\.3, whose frames are not"),
+        ({"views": [{"student": "noise:0:10+tempo:2", "teacher": "tempo:2"}]}, "before which both hear the same"),
         ({"student": {"trainer": {"monitor": "loss", "mode": "min"}}}, "wanted wer or cer"),
     ],
 )

@@ -112,7 +112,7 @@ def test_the_first_noise_draws_the_same_in_every_view() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.lists(
-        st.sampled_from([*GENERATED, "speed:2", "tempo:0.5", "noise:-20:-20:white", "room:0.05"]),
+        st.sampled_from([*GENERATED, *EXTREME]),
         min_size=1,
         max_size=4,
     ),

@@ -242,15 +242,13 @@ class PrefixSearch:
 
     def _extend(self, row: list[float], tokens: list[int], stamp: int) -> list[_Prefix]:
         """Add the paths that emit a symbol now; return the prefixes that were not in the beam."""
-        added: list[_Prefix] = []
+        added, tried = list[_Prefix](), frozenset(tokens)
         # what cannot survive is not looked at further
         least = self._ratio * max(node.next_blank + node.next_mass for node in self._beam)
         for node in self._beam:
             after_blank, last, children, allowed = node.blank, node.symbol, node.children, node.allowed
             total = after_blank + node.mass
-            for symbol in tokens:
-                if allowed is not None and symbol not in allowed:
-                    continue
+            for symbol in tokens if allowed is None else _common(tokens, tried, allowed):
                 gain = (after_blank if symbol == last else total) * row[symbol]
                 child = children.get(symbol, node)
                 if child is node:  # not asked for yet
@@ -365,6 +363,13 @@ def _recombined(nodes: list[_Prefix]) -> list[_Prefix]:
         other.next_blank += node.next_blank
         other.next_mass += node.next_mass
     return list(found.values())
+
+
+def _common(tokens: Sequence[int], tried: Collection[int], allowed: Collection[int]) -> list[int]:
+    """Return the tokens, which are ``tried`` too, that are allowed, in their order; the work is that of the fewer."""
+    if len(allowed) < len(tokens):
+        return sorted(symbol for symbol in allowed if symbol in tried)
+    return [symbol for symbol in tokens if symbol in allowed]
 
 
 def _chain(node: _Prefix) -> list[tuple[int, float]]:

@@ -187,6 +187,7 @@ def test_silence_and_long_audio(kept):
 def test_the_longest_utterance_ends_with_its_tail_in_its_slowest_view(kept, monkeypatch):
     assert longest_heard(["clean", "noise:0:10"]) == pytest.approx(119.76)
     assert longest_heard(["clean", "room:0.4+speed:0.5"]) == pytest.approx(119.76 / 2)
+    assert longest_heard(["tempo:0.8+speed:0.5", "tempo:1.5"]) == pytest.approx(119.76 * 0.4)
     monkeypatch.setattr("apps.speech.models.huggingface.MOST_SECONDS", 1)
     longest = samples(round(longest_heard(["clean"]) * SAMPLE_RATE))
     teacher = HuggingFaceCtc.from_folder(kept, UNITS)
