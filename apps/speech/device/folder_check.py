@@ -120,20 +120,6 @@ def check_folder(path: str | os.PathLike[str]) -> list[Finding]:
     return found
 
 
-def refuse_broken(path: str | os.PathLike[str]) -> list[Finding]:
-    """Return the findings of ``check_folder``, all of them good.
-
-    Raises:
-        UserError: one is not; the message is the first one's, and says how many there are.
-    """
-    found = check_folder(path)
-    bad = [each for each in found if not each.ok]
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(bad[0].detail + more)
-    return found
-
-
 def _check_model(folder: ExportedFolder, name: str, clip: Path | None) -> Iterator[Finding]:
     """Yield the findings on a model; the first bad one is the last, since the others build on it."""
     steps: list[tuple[str, Callable[[ExportedFolder, Listener], str]]] = [
