@@ -111,6 +111,7 @@ def _add_simulations(whats: Any) -> None:
         epilog=example(
             "kd data simulate speech --utterances 2000 --seed 1 --out data/spoken",
             "kd data simulate speech --snr -5 10 --out data/noisy",
+            "kd data simulate speech --texts sentences.txt --silence 0 0.1 --out data/mine",
         ),
     )
     speech.add_argument("--utterances", type=int, metavar="N", help="a tenth each validates and tests (default 600)")
@@ -123,6 +124,16 @@ def _add_simulations(whats: Any) -> None:
         help="dB; each utterance has a signal-to-noise ratio between them (default 10 30)",
     )
     noise.add_argument("--no-noise", action="store_true", help="add no noise")
+    speech.add_argument(
+        "--silence",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="seconds before and behind the speech, between them (default 0.1 0.5)",
+    )
+    speech.add_argument(
+        "--texts", type=Path, metavar="FILE", help="a file of sentences, one a line, to be spoken (default a grammar's)"
+    )
     interactions = whats.add_parser(
         "interactions",
         help="clicks of users on items",
@@ -201,6 +212,11 @@ def _simulate_speech(args: argparse.Namespace) -> Path:
     from data_scripts.simulate_speech import simulate
 
     given: dict[str, Any] = {"utterances": args.utterances, "seed": args.seed, "snr": args.snr and tuple(args.snr)}
+    given |= {"silence": args.silence and tuple(args.silence)}
+    if args.texts is not None:
+        from apps.speech.decode.ngram import read_sentences
+
+        given["texts"] = [line for line in read_sentences(args.texts) if line.strip()]
     given = {name: value for name, value in given.items() if value is not None}
     if args.no_noise:
         given["snr"] = None

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,8 +58,9 @@ VARIANTS = (
 )
 VOICES = 90
 _STREAM_VOICES, _STREAM_SENTENCES, _STREAM_CLIPS = 0, 1, 2
-_SILENCE_SECONDS = (0.1, 0.5)  # before and after the speech
+SILENCE_SECONDS = (0.1, 0.5)  # before and after the speech
 _LEVEL_DB = (-32.0, -18.0)  # of the speech, below full scale
+_MOST_SILENCE, _LONGEST_TEXT = 60.0, 1000
 _QUIET = 0.01  # of the loudest 10 ms: what counts as silence at the ends
 
 
@@ -72,12 +73,24 @@ class Talker:
     voice: Voice
 
 
+@dataclass(frozen=True)
+class Clips:
+    """What is said and how it sounds, beside the voices: as the parameters of ``simulate``."""
+
+    seed: int
+    snr: tuple[float, float] | None
+    silence: tuple[float, float]
+    texts: tuple[str, ...]
+
+
 def simulate(
     folder: str | Path,
     *,
     utterances: int = 600,
     seed: int = 0,
     snr: tuple[float, float] | None = (10.0, 30.0),
+    silence: tuple[float, float] = SILENCE_SECONDS,
+    texts: Sequence[str] = (),
     progress: bool = False,
 ) -> Path:
     """Write simulated recordings to ``folder`` and return it; complete output of the same parameters is kept.
@@ -89,12 +102,16 @@ def simulate(
 
     Options:
         snr: range of the signal-to-noise ratio, drawn for each utterance; None adds no noise (and writes no snr).
+        silence: range of the seconds before and behind the speech, drawn for each utterance.
+        texts: sentences, of which each utterance is one, drawn; those of the grammar if there are none.
         progress: shows a bar, and at the end how fast it went.
 
     Raises:
-        UserError: a parameter is out of range, ``folder`` holds other files, or ``espeakng-loader`` is not installed.
+        UserError: a parameter is out of range, espeak-ng says nothing for a text, ``folder`` holds other files, or
+            ``espeakng-loader`` is not installed.
     """
-    record = _record(utterances, seed, snr)
+    clips = Clips(seed, snr, silence, tuple(" ".join(text.split()) for text in texts))
+    record = _record(utterances, clips)
     if is_prepared(Path(folder), record):
         return Path(folder)
     started, computed, seconds = time.monotonic(), _computing_seconds(), 0.0
@@ -110,7 +127,7 @@ def simulate(
                 work = track(
                     indices, f"Speaking {split}", console=console, disable=not console.is_terminal, transient=True
                 )
-            lines = [_write_utterance(temporary, speaker, own, index, seed, snr) for index in work]
+            lines = [_write_utterance(temporary, speaker, own, index, clips) for index in work]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (temporary / f"{split}.jsonl").write_text(text, encoding="utf-8")
             details[split] = {"utterances": len(lines), "seconds": round(sum(line["duration"] for line in lines), 4)}
@@ -169,12 +186,17 @@ def coloured_noise(generator: np.random.Generator, count: int, slope: float) -> 
     return noise / np.sqrt(np.mean(np.square(noise)))
 
 
-def mix(speech: np.ndarray, generator: np.random.Generator, snr: float | None) -> np.ndarray:
+def mix(
+    speech: np.ndarray,
+    generator: np.random.Generator,
+    snr: float | None,
+    silence: tuple[float, float] = SILENCE_SECONDS,
+) -> np.ndarray:
     """Return ``speech`` [n] at a level drawn at random, between stretches of silence, in noise at ``snr`` dB.
 
     The ratio is of the power of the speech from its first to its last sound to the power of the noise.
     """
-    before, after = (round(SAMPLE_RATE * generator.uniform(*_SILENCE_SECONDS)) for _ in range(2))
+    before, after = (round(SAMPLE_RATE * generator.uniform(*silence)) for _ in range(2))
     power = np.sqrt(np.mean(np.square(speech)))
     level = 10 ** (generator.uniform(*_LEVEL_DB) / 20)
     signal = np.pad(speech * (level / power), (before, after))
@@ -184,21 +206,21 @@ def mix(speech: np.ndarray, generator: np.random.Generator, snr: float | None) -
     return signal * min(1.0, 0.95 / np.abs(signal).max())
 
 
-def _write_utterance(
-    folder: Path, speaker: Speaker, people: list[Talker], index: int, seed: int, snr: tuple[float, float] | None
-) -> dict[str, Any]:
+def _write_utterance(folder: Path, speaker: Speaker, people: list[Talker], index: int, clips: Clips) -> dict[str, Any]:
     """Write one recording and return its line of the manifest; utterances go round the people in turn."""
     import soundfile
 
-    text = sentence(np.random.default_rng([seed, _STREAM_SENTENCES, index]))
-    generator = np.random.default_rng([seed, _STREAM_CLIPS, index])
+    drawing = np.random.default_rng([clips.seed, _STREAM_SENTENCES, index])
+    text = clips.texts[drawing.integers(len(clips.texts))] if clips.texts else sentence(drawing)
+    generator = np.random.default_rng([clips.seed, _STREAM_CLIPS, index])
     person = people[index % len(people)]
-    ratio = None if snr is None else round(float(generator.uniform(*snr)), 1)
-    said = speaker.speak(spoken(text), person.voice)
+    ratio = None if clips.snr is None else round(float(generator.uniform(*clips.snr)), 1)
+    # of the grammar's sentences, some words are letters and not what they look like
+    said = speaker.speak(text if clips.texts else spoken(text), person.voice)
     speech = trim(_resample(said, speaker.sample_rate), SAMPLE_RATE)
     if len(speech) == 0:
-        raise RuntimeError(f"espeak-ng said nothing for {text!r} in voice {person.voice.name}")
-    samples = np.round(mix(speech, generator, ratio) * 32767).astype(np.int16)
+        raise UserError(f"text {text!r}: espeak-ng says nothing for it in voice {person.voice.name}")
+    samples = np.round(mix(speech, generator, ratio, clips.silence) * 32767).astype(np.int16)
     name = f"sim{index:06d}-{person.name}"
     path = folder / person.split / f"{name}.flac"
     path.parent.mkdir(exist_ok=True)
@@ -238,21 +260,31 @@ def _shares(utterances: int) -> dict[str, range]:
     return {"train": range(train), "valid": range(train, train + part), "test": range(train + part, utterances)}
 
 
-def _record(utterances: int, seed: int, snr: tuple[float, float] | None) -> dict[str, Any]:
+def _record(utterances: int, clips: Clips) -> dict[str, Any]:
     """Return what decides the data, checked."""
+    seed, snr, silence = clips.seed, clips.snr, clips.silence
     if isinstance(utterances, bool) or not isinstance(utterances, int) or not 3 <= utterances < 1_000_000:
         raise UserError(f"utterances: got {utterances!r}, wanted a whole number from 3 (one a split) to 999,999")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed: got {seed!r}, wanted a whole number from 0")
     if snr is not None and not (len(snr) == 2 and -60 <= snr[0] <= snr[1] <= 100):
         raise UserError(f"snr: got {snr!r}, wanted two numbers in dB, the smaller first, from -60 to 100")
+    if not (len(silence) == 2 and 0 <= silence[0] <= silence[1] <= _MOST_SILENCE):
+        raise UserError(f"silence: got {silence!r}, wanted two numbers of seconds, from 0 to {_MOST_SILENCE:g}")
+    for number, text in enumerate(clips.texts, 1):
+        if not 0 < len(text) <= _LONGEST_TEXT or not text.isprintable():
+            shown = text if len(text) <= 40 else f"{text[:40]}..."
+            raise UserError(f"texts, {number}: got {shown!r}, wanted 1 to {_LONGEST_TEXT} printable characters")
     record: dict[str, Any] = {
         "name": "simulated-speech",
         "simulated": True,
         "generator": "espeak-ng",
         "generator_version": VERSION,
     }
-    return {**record, "seed": seed, "utterances": utterances, "snr": None if snr is None else [float(x) for x in snr]}
+    record |= {"seed": seed, "utterances": utterances, "snr": None if snr is None else [float(x) for x in snr]}
+    # only where they are not what they were before there was a choice: what is there already stays
+    record |= {"silence": [float(x) for x in silence]} if silence != SILENCE_SECONDS else {}
+    return record | ({"texts": list(clips.texts)} if clips.texts else {})
 
 
 def _versions(speaker: Speaker) -> dict[str, str]:

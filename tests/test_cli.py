@@ -88,6 +88,9 @@ def test_a_mistake_is_one_line_and_2_in_a_process_of_its_own() -> None:
         (["data", "simulate", "speech", "--snr", "20", "5", "--out", "x"], "snr: got (20.0, 5.0), wanted two numbers"),
         (["data", "simulate", "speech", "--no-noise", "--snr", "5", "20", "--out", "x"], "not allowed with"),
         (["data", "simulate", "speech", "--seed", "-1", "--out", "x"], "seed: got -1"),
+        (["data", "simulate", "speech", "--silence", "2", "1", "--out", "x"], "silence: got (2.0, 1.0), wanted two"),
+        (["data", "simulate", "speech", "--silence", "0", "1e9", "--out", "x"], "from 0 to 60"),
+        (["data", "simulate", "speech", "--texts", "nowhere.txt", "--out", "x"], "nowhere.txt: No such file"),
         (["data", "simulate", "interactions", "--users", "0", "--out", "x"], "n_users: got 0"),
     ],
 )
@@ -135,6 +138,14 @@ def test_speech_is_simulated_as_asked(
     assert capsys.readouterr().out == f"{out}\n"
     about = json.loads((out / "dataset.json").read_text())
     assert (about["utterances"], about["seed"], about["snr"]) == (3, 4, snr)
+    assert "texts" not in about and "silence" not in about
+    (tmp_path / "mine.txt").write_text("open the door\n\n  close  it \n", encoding="utf-8")
+    words = ["--utterances", "6", *noise, "--texts", str(tmp_path / "mine.txt"), "--silence", "0", "0.05"]
+    assert main(["data", "simulate", "speech", *words, "--out", str(out)]) == 0
+    about = json.loads((out / "dataset.json").read_text())
+    assert (about["texts"], about["silence"], about["snr"]) == (["open the door", "close it"], [0, 0.05], snr)
+    lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert {line["text"] for line in lines} == {"open the door", "close it"}
 
 
 def raising(error: BaseException) -> Callable[[], int]:

@@ -210,6 +210,32 @@ def test_bad_parameters(tmp_path: Path, options: dict, message: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_own_texts_are_spoken_without_silence_around_them(small: Path, tmp_path: Path) -> None:
+    texts = ["seven", "a door  is\topen"]
+    folder = simulate(tmp_path / "own", utterances=12, texts=texts, silence=(0.0, 0.0), snr=None)
+    found = [line for split in SPLITS for line in lines(folder, split)]
+    assert {line["text"] for line in found} == {"seven", "a door is open"}
+    for line in found:
+        samples, _ = soundfile.read(folder / line["audio_filepath"])
+        for end in (samples[:160], samples[-320:]):
+            assert np.abs(end).max() > 0.005 * np.abs(samples).max()
+    # as before, other parameters replace it and the same keep it
+    before = content(folder)
+    assert content(simulate(folder, utterances=12, texts=texts, silence=(0.0, 0.0), snr=None)) == before
+    assert content(simulate(folder, utterances=12, texts=texts[:1], silence=(0.0, 0.0), snr=None)) != before
+    # what was made when there was no choice is what a command without one makes
+    assert not {"texts", "silence"} & set(read_json(small / "dataset.json"))
+
+
+def test_a_text_that_cannot_be_spoken_is_named(tmp_path: Path) -> None:
+    for text in ("", "x" * 1001, "ring\x07"):
+        with pytest.raises(UserError, match=r"^texts, 2: got .*, wanted 1 to 1000 printable characters"):
+            simulate(tmp_path / "own", utterances=3, texts=["one", text])
+    with pytest.raises(UserError, match=r"^text '\.': espeak-ng says nothing for it in voice"):
+        simulate(tmp_path / "own", utterances=3, texts=["."])
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="holds files"):
