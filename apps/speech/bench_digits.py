@@ -44,9 +44,23 @@ class Found:
     scores: Scores
 
 
+def simulate_both(work: Path) -> list[Path]:
+    """Return corpora of simulated speech, made if they are not there: sentences, and digits by themselves.
+
+    People's clips of digits begin and end with the word, and those of the other speakers are of few voices.
+    """
+    from data_scripts.simulate_speech import simulate
+
+    clips: dict[str, Any] = {"utterances": 1200, "texts": WORDS, "silence": (0.0, 0.05), "snr": (10.0, 40.0)}
+    return [
+        simulate(work / "speech-simulated", progress=True),
+        simulate(work / "speech-simulated-digits", progress=True, **clips),
+    ]
+
+
 def run(
     work: Path,
-    simulated: Path,
+    simulated: Sequence[Path],
     only: Sequence[str] = (),
     *,
     words: str = "an4",
@@ -57,8 +71,8 @@ def run(
     """Measure a fold for each speaker of ``digits``, who is left out, and a student of the corpus ``words`` alone.
 
     With a grammar of the ten digits, a clip is right if its one word is. The same speakers of ``words`` validate
-    everywhere. ``simulated`` is a corpus of simulated speech, whose training part is trained on. ``only`` are some of
-    teacher, student_alone and student.
+    everywhere. ``simulated`` are corpora of simulated speech (``simulate_both``), whose training parts are trained on.
+    ``only`` are some of teacher, student_alone and student.
 
     Raises:
         UserError: a model that is not there.
@@ -86,7 +100,7 @@ def run(
         others = f"{digits}@speaker!={speaker}"
         folds[speaker] = fitted(
             speaker,
-            train=[kept, f"{others}@index!={_VALID_TAKES}", str(simulated)],
+            train=[kept, f"{others}@index!={_VALID_TAKES}", *map(str, simulated)],
             valid=[valid, f"{others}@index={_VALID_TAKES}"],
             test=[test, f"{digits}@speaker={speaker}"],
         )

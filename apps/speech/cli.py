@@ -361,13 +361,8 @@ def _add_bench(verbs: Any) -> None:
 def _bench(args: argparse.Namespace) -> int:
     from apps.speech.bench import run_bench
 
-    simulated = None
-    if args.what == "digits":
-        from data_scripts.simulate_speech import simulate
-
-        simulated = simulate(args.work / "speech-simulated", progress=True)
     only = [name for name in args.only.split(",") if name]
-    return run_bench(args.what, args.json, args.work, only, simulated)
+    return run_bench(args.what, args.json, args.work, only)
 
 
 def demo(folder: Path) -> None:

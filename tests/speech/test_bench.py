@@ -114,7 +114,7 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
     (digits / "metadata.jsonl").write_text("".join(lines))
     simulated = simulate(tmp_path / "simulated", utterances=30)
     given = {"words": str(data), "digits": str(digits), "valid_speakers": 1, "overrides": TINY}
-    found = bench_digits.run(tmp_path, simulated, **given)  # type: ignore[arg-type]
+    found = bench_digits.run(tmp_path, [simulated], **given)  # type: ignore[arg-type]
     for kind in ("all corpora", "one corpus"):
         for each in found["digits"][kind].values():
             assert each["clips"] == 12 and each["by_speaker"].keys() == {"ann", "bob"}
@@ -124,7 +124,7 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
         rates["all corpora"]["student"] - rates["one corpus"]["student"]
     )
     times = models(tmp_path)
-    alone = bench_digits.run(tmp_path, simulated, ["student_alone"], **given)  # type: ignore[arg-type]
+    alone = bench_digits.run(tmp_path, [simulated], ["student_alone"], **given)  # type: ignore[arg-type]
     assert models(tmp_path) == times
     for kind in ("all corpora", "one corpus"):
         assert alone["digits"][kind] == {"student_alone": found["digits"][kind]["student_alone"]}
