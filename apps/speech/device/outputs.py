@@ -180,13 +180,21 @@ def _labels(paths: Iterable[Path]) -> dict[Path, str]:
         by_stem.setdefault(path.stem, set()).add(path)
     found: dict[Path, str] = {}
     for same in by_stem.values():
-        deepest = max(len(path.parts) for path in same)
-        for whole, depth in product((False, True), range(deepest)):
-            labels = {path: _label(path, depth, whole) for path in same}
-            if len(set(labels.values())) == len(same):
-                break
-        found |= labels
+        # a/b.wav and /a/b.wav have no folder that tells them apart, but for that in which the first is
+        absolute = {path: Path(os.path.abspath(path)) for path in same}
+        found |= (
+            _told_apart({path: path for path in same}) or _told_apart(absolute) or {path: path.name for path in same}
+        )
     return found
+
+
+def _told_apart(places: dict[Path, Path]) -> dict[Path, str] | None:
+    """Return names for files by where they are, with as few folders as tell them all apart; None if nothing does."""
+    for whole, depth in product((False, True), range(max(len(place.parts) for place in places.values()))):
+        labels = {path: _label(place, depth, whole) for path, place in places.items()}
+        if len(set(labels.values())) == len(places):
+            return labels
+    return None
 
 
 def _label(path: Path, depth: int, whole: bool) -> str:

@@ -60,6 +60,8 @@ def test_subtitles_have_the_least_name_that_tells_them_apart() -> None:
     assert names(Item("0.wav", ""), Item("sub2/0.wav", ""), Item("1.wav", "")) == ["0.srt", "sub2-0.srt", "1.srt"]
     assert names(Item("/a/x/0.wav", ""), Item("/b/x/0.wav", "")) == ["a-x-0.srt", "b-x-0.srt"]
     assert names(Item("a/0.wav", ""), Item("a/0.flac", "")) == ["0.wav.srt", "0.flac.srt"]
+    here = Path.cwd().name
+    assert names(Item("x/0.wav", "", id="1"), Item("/x/0.wav", "", id="1")) == [f"{here}-x-0.srt", "x-0.srt"]
 
 
 def test_a_piece_without_a_name_of_its_own_is_told_alone() -> None:
