@@ -6,23 +6,35 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcore.config import UserError
 from kdcore.run import provenance, write_json
 
+if TYPE_CHECKING:
+    from apps.speech.bench_digits import Simulated
 
-def run_bench(what: str, output: Path | None, work: Path, only: Sequence[str] = ()) -> int:
+
+def run_bench(
+    what: str, output: Path | None, work: Path, only: Sequence[str] = (), simulated: Simulated | None = None
+) -> int:
     """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically.
 
-    ``only`` are some of the recipes of ``quality`` or of the models of ``digits``.
+    ``only`` are some of the recipes of ``quality`` or of the models of ``digits``, for which ``simulated`` makes
+    corpora of simulated speech.
     """
-    if what not in _CHOOSING and only:
+    if what not in ("quality", "digits") and only:
         raise UserError(f"--only: is for bench quality and bench digits, got bench {what}")
-    if what in _CHOOSING:
-        result = _CHOOSING[what](work, only)
+    if what == "digits":
+        if simulated is None:
+            raise ValueError("simulated: bench digits wants corpora")
+        result = digits(work, simulated, only)
     else:
-        result = {"train": train, "noise": noise, "runtime": runtime}[what](work)
+        result = (
+            quality(work, only)
+            if what == "quality"
+            else {"train": train, "noise": noise, "runtime": runtime}[what](work)
+        )
     command = ["kd", "speech", "bench", what, *(["--only", ",".join(only)] if only else [])]
     command += ["--json", f"benchmarks/results/{output.name}"] if output else []
     result = {**result, "benchmark": f"speech {what}", "provenance": provenance(command=command, load=os.getloadavg())}
@@ -46,11 +58,11 @@ def train(work: Path) -> dict[str, Any]:
     return bench_train.run(work)
 
 
-def digits(work: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+def digits(work: Path, simulated: Simulated, only: Sequence[str] = ()) -> dict[str, Any]:
     """Measure one student for AN4, spoken digits and simulated speech on speakers it never heard."""
     from apps.speech import bench_digits
 
-    return bench_digits.run(work, bench_digits.simulate_both(work), only)
+    return bench_digits.run(work, simulated, only)
 
 
 def noise(work: Path) -> dict[str, Any]:
@@ -65,7 +77,3 @@ def runtime(work: Path) -> dict[str, Any]:
     from apps.speech import bench_runtime
 
     return bench_runtime.run(work)
-
-
-# those that can measure a part of what they do
-_CHOOSING = {"quality": quality, "digits": digits}

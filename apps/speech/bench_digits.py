@@ -36,6 +36,10 @@ _EPOCHS = 80
 _VALID_TAKES = "0,1,2,3,4"
 
 
+# a folder -> corpora in it
+Simulated = Callable[[Path], Sequence[Path]]
+
+
 @dataclass(frozen=True)
 class Found:
     """What one model makes of the test part: digits right and of how many by speaker, and errors on the words."""
@@ -44,23 +48,9 @@ class Found:
     scores: Scores
 
 
-def simulate_both(work: Path) -> list[Path]:
-    """Return corpora of simulated speech, made if they are not there: sentences, and digits by themselves.
-
-    People's clips of digits begin and end with the word, and those of the other speakers are of few voices.
-    """
-    from data_scripts.simulate_speech import simulate
-
-    clips: dict[str, Any] = {"utterances": 1200, "texts": WORDS, "silence": (0.0, 0.05), "snr": (10.0, 40.0)}
-    return [
-        simulate(work / "speech-simulated", progress=True),
-        simulate(work / "speech-simulated-digits", progress=True, **clips),
-    ]
-
-
 def run(
     work: Path,
-    simulated: Sequence[Path],
+    simulated: Simulated,
     only: Sequence[str] = (),
     *,
     words: str = "an4",
@@ -71,7 +61,7 @@ def run(
     """Measure a fold for each speaker of ``digits``, who is left out, and a student of the corpus ``words`` alone.
 
     With a grammar of the ten digits, a clip is right if its one word is. The same speakers of ``words`` validate
-    everywhere. ``simulated`` are corpora of simulated speech (``simulate_both``), whose training parts are trained on.
+    everywhere. ``simulated`` makes corpora of simulated speech in a folder, whose training parts are trained on.
     ``only`` are some of teacher, student_alone and student.
 
     Raises:
@@ -80,6 +70,7 @@ def run(
     if unknown := sorted(set(only) - set(ROLES)):
         raise UserError(f"--only: got {', '.join(unknown)}, wanted some of {', '.join(ROLES)}")
     roles = [role for role in ROLES if role in only or not only]
+    made = [str(corpus) for corpus in simulated(work)]
     part = read_corpus(find_data(words)).split("train")
     held = sorted({each.speaker for each in hold_out_speakers(part, count=valid_speakers, seed=0)[1].utterances})
     names = ",".join(held)
@@ -100,7 +91,7 @@ def run(
         others = f"{digits}@speaker!={speaker}"
         folds[speaker] = fitted(
             speaker,
-            train=[kept, f"{others}@index!={_VALID_TAKES}", *map(str, simulated)],
+            train=[kept, f"{others}@index!={_VALID_TAKES}", *made],
             valid=[valid, f"{others}@index={_VALID_TAKES}"],
             test=[test, f"{digits}@speaker={speaker}"],
         )

@@ -362,7 +362,22 @@ def _bench(args: argparse.Namespace) -> int:
     from apps.speech.bench import run_bench
 
     only = [name for name in args.only.split(",") if name]
-    return run_bench(args.what, args.json, args.work, only)
+    return run_bench(args.what, args.json, args.work, only, _simulated)
+
+
+def _simulated(work: Path) -> list[Path]:
+    """Return simulated speech for `bench digits`, made if it is not there: sentences, and digits by themselves.
+
+    People's clips of digits begin and end with the word, and those of the other speakers are of few voices.
+    """
+    from data_scripts.simulate_speech import simulate
+    from data_scripts.speech_grammar import DIGITS
+
+    alone = work / "speech-simulated-digits"
+    return [
+        simulate(work / "speech-simulated", progress=True),
+        simulate(alone, utterances=1200, texts=DIGITS, silence=(0.0, 0.05), snr=(10.0, 40.0), progress=True),
+    ]
 
 
 def demo(folder: Path) -> None:

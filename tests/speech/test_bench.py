@@ -42,7 +42,7 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wanted some of ctc_sequence_level"):
         run_bench("quality", None, tmp_path, ["ctc_sequnce_level"])
     with pytest.raises(UserError, match="got student_only, wanted some of teacher, student_alone, student"):
-        run_bench("digits", None, tmp_path, ["student_only"], tmp_path)
+        run_bench("digits", None, tmp_path, ["student_only"], lambda folder: [])
     for name in ("train", "noise", "runtime"):
         with pytest.raises(UserError, match=f"is for bench quality and bench digits, got bench {name}"):
             run_bench(name, None, tmp_path, ["ctc_frame_level"])
@@ -112,9 +112,9 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
             row = {"id": name, "path": f"{name}.wav", "text": bench_digits.WORDS[index], "speaker": speaker}
             lines.append(json.dumps({**row, "index": index}) + "\n")
     (digits / "metadata.jsonl").write_text("".join(lines))
-    simulated = simulate(tmp_path / "simulated", utterances=30)
+    simulated = [simulate(tmp_path / "simulated", utterances=30)]
     given = {"words": str(data), "digits": str(digits), "valid_speakers": 1, "overrides": TINY}
-    found = bench_digits.run(tmp_path, [simulated], **given)  # type: ignore[arg-type]
+    found = bench_digits.run(tmp_path, lambda folder: simulated, **given)  # type: ignore[arg-type]
     for kind in ("all corpora", "one corpus"):
         for each in found["digits"][kind].values():
             assert each["clips"] == 12 and each["by_speaker"].keys() == {"ann", "bob"}
@@ -124,7 +124,7 @@ def test_digits_are_tried_on_speakers_left_out(data: Path, tmp_path: Path) -> No
         rates["all corpora"]["student"] - rates["one corpus"]["student"]
     )
     times = models(tmp_path)
-    alone = bench_digits.run(tmp_path, [simulated], ["student_alone"], **given)  # type: ignore[arg-type]
+    alone = bench_digits.run(tmp_path, lambda folder: simulated, ["student_alone"], **given)  # type: ignore[arg-type]
     assert models(tmp_path) == times
     for kind in ("all corpora", "one corpus"):
         assert alone["digits"][kind] == {"student_alone": found["digits"][kind]["student_alone"]}
