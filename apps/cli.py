@@ -116,21 +116,9 @@ def _add_simulations(whats: Any) -> None:
     )
     speech.add_argument("--utterances", type=int, metavar="N", help="a tenth each validates and tests (default 600)")
     noise = speech.add_mutually_exclusive_group()
-    noise.add_argument(
-        "--snr",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="dB; each utterance has a signal-to-noise ratio between them (default 10 30)",
-    )
+    _add_range(noise, "--snr", "dB; each utterance has a signal-to-noise ratio between them (default 10 30)")
     noise.add_argument("--no-noise", action="store_true", help="add no noise")
-    speech.add_argument(
-        "--silence",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="seconds before and behind the speech, between them (default 0.1 0.5)",
-    )
+    _add_range(speech, "--silence", "seconds before and behind the speech, between them (default 0.1 0.5)")
     speech.add_argument(
         "--texts", type=Path, metavar="FILE", help="a file of sentences, one a line, to be spoken (default a grammar's)"
     )
@@ -144,6 +132,10 @@ def _add_simulations(whats: Any) -> None:
     for each in (speech, interactions):
         each.add_argument("--seed", type=int, metavar="N", help="the same one gives the same data (default 0)")
         each.add_argument("--out", type=Path, required=True, help="the folder to write; a data set there is replaced")
+
+
+def _add_range(parser: Any, name: str, what: str) -> None:
+    parser.add_argument(name, type=float, nargs=2, metavar=("LOW", "HIGH"), help=what)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -370,13 +370,13 @@ def _simulated(work: Path) -> list[Path]:
 
     People's clips of digits begin and end with the word, and those of the other speakers are of few voices.
     """
+    from apps.speech.bench_digits import WORDS
     from data_scripts.simulate_speech import simulate
-    from data_scripts.speech_grammar import DIGITS
 
     alone = work / "speech-simulated-digits"
     return [
         simulate(work / "speech-simulated", progress=True),
-        simulate(alone, utterances=1200, texts=DIGITS, silence=(0.0, 0.05), snr=(10.0, 40.0), progress=True),
+        simulate(alone, utterances=1200, texts=WORDS, silence=(0.0, 0.05), snr=(10.0, 40.0), progress=True),
     ]
 
 

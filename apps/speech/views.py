@@ -133,11 +133,11 @@ def active_power(samples: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Resampling by ``1 / factor``, as a tape that runs faster."""
+class Paced:
+    """A step behind which speech is ``factor`` times as fast."""
 
     factor: float
-    kind = "speed"
+    kind = ""
 
     @property
     def keeps_frames(self) -> bool:
@@ -145,32 +145,28 @@ class Speed:
 
     @property
     def name(self) -> str:
-        return f"speed:{_written(self.factor)}"
+        return f"{self.kind}:{_written(self.factor)}"
+
+
+class Speed(Paced):
+    """Resampling by ``1 / factor``, as a tape that runs faster."""
+
+    kind = "speed"
 
     def apply(self, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         ratio = Fraction(self.factor).limit_denominator(1000)
         return resample(samples, ratio.denominator, ratio.numerator)
 
 
-@dataclass(frozen=True)
-class Tempo:
+class Tempo(Paced):
     """Speech ``factor`` times as fast at the pitch it has, by WSOLA (Verhelst & Roelands, 1993).
 
     Pieces of 30 ms are overlapped by half, each taken at most 10 ms from its place, where it best goes on what came
     before.
     """
 
-    factor: float
     kind = "tempo"
     _window, _search = 480, 160
-
-    @property
-    def keeps_frames(self) -> bool:
-        return self.factor == 1.0
-
-    @property
-    def name(self) -> str:
-        return f"tempo:{_written(self.factor)}"
 
     def apply(self, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         if self.keeps_frames:

@@ -37,7 +37,7 @@ from apps.speech.models.pretrained import (
     read_config,
     token_groups,
 )
-from apps.speech.views import Speed, Tempo, parse_view
+from apps.speech.views import Paced, parse_view
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ _SHIFT = 160
 
 def longest_heard(views: Iterable[str]) -> float:
     """Return the seconds of the longest utterance that is heard at once in each of some views, its tail included."""
-    faster = (
-        math.prod(step.factor for step in parse_view(view).steps if isinstance(step, Speed | Tempo)) for view in views
-    )
+    faster = (math.prod(step.factor for step in parse_view(view).steps if isinstance(step, Paced)) for view in views)
     return (MOST_SECONDS - TAIL_MS / 1000) * min(faster)
 
 
