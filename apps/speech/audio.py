@@ -310,6 +310,8 @@ def _read(
         count += len(piece)
         if count > LONGEST_SECONDS * SAMPLE_RATE:
             raise UserError(f"{name}: is longer than {LONGEST_SECONDS / 60:g} minutes; read it in parts or in blocks")
+    if not count:  # a few at a high rate
+        raise UserError(f"{name}: has no samples at 16 kHz")
     return np.concatenate(pieces)
 
 

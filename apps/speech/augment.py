@@ -46,7 +46,7 @@ class Augment:
 
         Shapes: lengths int64 [B].
         """
-        features = self._voiced(features)
+        features, lengths = self._voiced(features), lengths.cpu()  # what is drawn is drawn there, whatever the device
         rows, frames, bins = features.shape
         hidden = self._masks(torch.full((rows,), bins), self.bands, self.band, bins)[:, None, :]
         if self.spans and self.span:

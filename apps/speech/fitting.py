@@ -55,13 +55,20 @@ def ask(
     lengths = torch.tensor([len(each) for each in features])
     counts = output_lengths(lengths).tolist()
     with Taps(model, {layer: layer for layer in layers}) as taps:
-        logits = model(torch.from_numpy(padded(list(features), SILENCE)), lengths)
+        logits = model(*_given(model, features, lengths))
         kept = taps.take()
     model.train(training)
     values: dict[str, Tensor] = {"log_probs": torch.log_softmax(logits, 2), **kept}
     return {
-        name: [row[:count].numpy() for row, count in zip(value, counts, strict=True)] for name, value in values.items()
+        name: [row[:count].numpy() for row, count in zip(value.cpu(), counts, strict=True)]
+        for name, value in values.items()
     }
+
+
+def _given(model: AcousticModel, features: Sequence[np.ndarray], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a model is asked with, where the model is: features [B, T, 80] and lengths int64 [B]."""
+    device = model.head.weight.device
+    return torch.from_numpy(padded(list(features), SILENCE)).to(device), lengths.to(device)
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def attention_targets(
     """Return log q float32 [T', C] of some utterances' features along their texts, as ``AttentionCtc`` says."""
     lengths = torch.tensor([len(each) for each in features])
     with Taps(model, {"encoder": "encoder"}) as taps:
-        model(torch.from_numpy(padded(list(features), SILENCE)), lengths)
+        model(*_given(model, features, lengths))
         encoded = taps.take()["encoder"]
     return [each.numpy() for each in model.frame_targets(encoded, output_lengths(lengths), texts)]
 
@@ -175,6 +182,8 @@ def fit_model(
     description = f"{named.get('role', '')} {named['model']}".strip()
     trainer = Trainer(config.trainer, seed=seed, folder=folder, key=key, context=named, description=description)
     result = trainer.fit(step)
+    # wherever it was trained: it is stored, and measured on what it is made for
+    model.cpu()
     if rounded:
         keep_rounded(model)
     seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]

@@ -33,6 +33,7 @@ from kdcore import processes
 from kdcore.config import UserError, build, read_yaml, resolved
 from kdcore.run import RunDirectory, belongs, deploy_model, fingerprint, gather_logs, provenance, read_json, write_json
 from kdcore.teaching import Term
+from kdcore.trainer import make_fabric
 
 Announce = Callable[[str], None]
 # beside the teacher's folder, those of the teachers of its folds
@@ -179,6 +180,9 @@ class Pipeline:
         self, teachers: Sequence[tuple[Teacher, str]], seed: int | None, given: dict[str, dict[str, Any]]
     ) -> Lessons:
         wanted = knowledge.needs(given)
+        device = make_fabric(self.config.student.trainer).device
+        for who, _ in teachers:
+            who.to(device)
         return teacher_lessons(
             teachers,
             self.prepared,

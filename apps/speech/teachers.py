@@ -58,6 +58,11 @@ class Teacher:
     def _pretrained(self) -> int:
         return sum(isinstance(model, HuggingFaceCtc) for model in self.models)
 
+    def to(self, device: torch.device) -> None:
+        """Move its models: they are asked where they are."""
+        for model in self.models:
+            model.to(device)
+
     def width(self, layer: str) -> int:
         """Return the width of a layer; ValueError where there is not one model that was trained here."""
         model = self.models[0]
@@ -87,7 +92,7 @@ class Teacher:
         for model in self.models:
             if isinstance(model, HuggingFaceCtc):
                 heard = model.batch_log_probs(prepared.samples(parts, view, rows), frame_ms)
-                each.append({"log_probs": [log_probs.numpy() for log_probs in heard]})
+                each.append({"log_probs": [log_probs.cpu().numpy() for log_probs in heard]})
             else:
                 store = prepared.store(parts, view)
                 said = ask(model, [store[row] for row in rows], layers=layers)
@@ -137,6 +142,12 @@ class CrossFitted(Teacher):
     def fingerprint(self) -> str:
         """What it and the others are, and who speaks of what."""
         return fingerprint(super().fingerprint, *(each.fingerprint for each in self.others), self.folds.tobytes())
+
+    def to(self, device: torch.device) -> None:
+        """Move its models and the others'."""
+        super().to(device)
+        for each in self.others:
+            each.to(device)
 
     def ask(
         self, prepared: Prepared, parts: str | Sequence[str], view: str, rows: Sequence[int], **options: Any

@@ -41,6 +41,7 @@ _FRAME = SAMPLE_RATE // 50  # 20 ms
 _ACTIVE_DB = 30.0  # frames further below the loudest one are pauses
 _TALKERS = 6
 _LONGEST_RESPONSE = 5.0
+_TRIES = 20
 
 
 class Step(Protocol):
@@ -218,7 +219,7 @@ class Noise:
     def apply(self, samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         snr = self.draw(generator)
         if self.files:
-            noise = _excerpt(self.files[int(generator.integers(len(self.files)))], len(samples), generator)
+            noise = self._recorded(len(samples), generator)
         else:
             drawn = NOISES[int(generator.integers(len(NOISES)))]
             noise = generated_noise(self.what or drawn, len(samples), generator)
@@ -227,6 +228,14 @@ class Noise:
         if not speech or not power:
             return samples
         return samples + noise * math.sqrt(speech / power / 10 ** (snr / 10))
+
+    def _recorded(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """Return a piece of a recording; one that is silent would be no noise, and another is drawn."""
+        for _ in range(_TRIES):
+            noise = _excerpt(self.files[int(generator.integers(len(self.files)))], count, generator)
+            if np.ptp(noise):
+                return noise
+        raise UserError(f"view {self.name}: {_TRIES} pieces of recordings of {self.folder} are silent; wanted noise")
 
 
 def generated_noise(what: str, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -379,6 +388,8 @@ def _recordings(kind: str, folder: str) -> tuple[Path, ...]:
     files = tuple(sorted(each for each in root.rglob("*") if each.suffix.lower() in AUDIO_SUFFIXES and each.is_file()))
     if not files:
         raise UserError(f"view {kind}: {folder}: {'holds no audio files' if root.is_dir() else 'is no folder'}")
+    for each in files:
+        audio_info(each)  # what cannot be read is named now, and not when it is drawn
     return files
 
 

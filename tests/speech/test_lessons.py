@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_posteriors_are_the_teachers_and_asked_for_once(tmp_path: Path) -> None:
     assert sorted(asked) == list(range(len(LENGTHS)))
     again, unasked = lessons(tmp_path)
     assert again.log_probs(3).shape == (25, CLASSES) and unasked == []
+
+
+def test_long_utterances_are_asked_for_a_few_at_a_time(tmp_path: Path) -> None:
+    lengths, asked = np.array([400, 8_000, 12_000, 400, *[40] * 40]), list[int]()
+
+    def ask(rows: Sequence[int]) -> dict[str, list[np.ndarray]]:
+        asked.append(len(rows))
+        return {"log_probs": [np.zeros((-(-int(lengths[row]) // 4), 2), np.float32) for row in rows]}
+
+    made = ViewLessons(lengths, ask, TeacherCache(tmp_path), data="d", teacher="t", classes=2)
+    assert len(made.frames["log_probs"]) == sum(-(-lengths // 4))
+    # at most four minutes with the padding, and 16 utterances
+    assert asked == [2, 2, 16, 16, 8]
 
 
 def test_an_utterance_cut_by_a_block_is_whole(tmp_path: Path) -> None:

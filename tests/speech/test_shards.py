@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -206,6 +207,17 @@ def test_truncated_shards_are_named_wherever_they_are_cut(written: list[Path], t
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=r"cut\.tar: (member .*: )?is truncated"):
             ids([path])
+
+
+def test_what_lies_before_a_cut_and_in_other_shards_is_kept(written: list[Path], tmp_path: Path) -> None:
+    names = [ids([path]) for path in written]
+    assert len(names) > 1 and len(names[0]) > 1
+    others = [Path(shutil.copy(path, tmp_path)) for path in written[1:]]
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(written[0].read_bytes().rstrip(b"\0")[:-2000])
+    kept = read([cut, *others], skip_bad=True)
+    assert kept.counts == {"unreadable shard": 1} and "cut.tar" in kept.problems[0]
+    assert [each.id for each in kept.utterances] == [*names[0][:-1], *(name for more in names[1:] for name in more)]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

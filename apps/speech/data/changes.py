@@ -26,7 +26,7 @@ def _files(source: Path) -> Iterator[tuple[str, int, int]]:
         while waiting:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if entry.is_dir(follow_symlinks=False):  # as corpora are read
                         waiting.append(entry.path)
                     elif entry.is_file():
                         yield _about(entry.path[len(os.fspath(source)) :], entry.stat())

@@ -24,8 +24,9 @@ from apps.speech.data.utterance import STORED, Corpus, Utterance
 from kdcore.config import UserError, nearest
 from kdcore.run import read_json
 
-# what the parts are called by those who publish corpora
+# what the parts are called by those who publish corpora; train_dev is for validation
 PARTS = {"train": ("train",), "valid": ("valid", "dev", "val", "validation"), "test": ("test", "eval")}
+_ORDER = ("valid", "test", "train")
 _SELECTION = re.compile(r"@(\w+)(!?=)([^@]*)")
 _SELECTED = re.compile(r"(.*?)((?:@\w+!?=[^@]*)+)", re.DOTALL)
 Given = str | Sequence[str]
@@ -146,10 +147,10 @@ class Sources:
         """
         found = []
         for text, corpus, selections in self._read(given):
-            own = next((name for name in PARTS[part] if name in corpus.splits), None)
-            if own is not None:
-                corpus = corpus.split(own)
-            elif _parts(corpus) and not any(selection.field == "split" for selection in selections):
+            own = _parts(corpus)
+            if part in own:
+                corpus = corpus.split(*own[part])
+            elif own and not any(selection.field == "split" for selection in selections):
                 known = ", ".join(corpus.splits)
                 raise UserError(f"data.{part}: {text} has no split {part}, it has {known}; choose: {text}@split=NAME")
             found.append(corpus)
@@ -160,9 +161,9 @@ class Sources:
         found: dict[str, list[Corpus]] = {part: [] for part in PARTS}
         for _, corpus, _ in self._read(given):
             own = _parts(corpus)
-            taken = set(own.values())
-            for part, name in own.items():
-                found[part].append(corpus.split(name))
+            taken = {name for names in own.values() for name in names}
+            for part, names in own.items():
+                found[part].append(corpus.split(*names))
             if "train" not in own:
                 rest = corpus.select(lambda each, taken=taken: each.extra.get("split") not in taken)  # type: ignore[misc]
                 found["train"] += [rest] if len(rest) else []
@@ -179,8 +180,7 @@ class Sources:
         path = find_data(name)
         if path not in self._corpora:
             self._corpora[path] = read_corpus(path, skip_bad=self.skip_bad)
-            about = self._corpora[path].folder / "dataset.json"
-            simulated = about.is_file() and bool(read_json(about).get("simulated", False))
+            simulated = _simulated(self._corpora[path].folder / "dataset.json")
             self.sources[path] = Source(self._new_name(path), path, simulated)
         corpus, name = self._corpora[path], self.sources[path].name
         for selection in selections:
@@ -197,10 +197,25 @@ def _numbered(name: str, count: int) -> list[str]:
     return [name, *(f"{name}-{number}" for number in range(2, count + 2))]
 
 
-def _parts(corpus: Corpus) -> dict[str, str]:
-    """Return the split of a corpus for each part that has one."""
-    found = {part: next((name for name in names if name in corpus.splits), None) for part, names in PARTS.items()}
-    return {part: name for part, name in found.items() if name is not None}
+def _simulated(about: Path) -> bool:
+    """Return whether a corpus says that it is simulated; a file of that name may be of anything else."""
+    try:
+        said = read_json(about)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("simulated") is True
+
+
+def part_of(split: str) -> str | None:
+    """Return the part that a split is by its name, as ``train-clean-100`` or ``dev_manifest``; None for another."""
+    words = re.split(r"[-_. ]", split.lower())
+    return next((part for part in _ORDER if any(name in words for name in PARTS[part])), None)
+
+
+def _parts(corpus: Corpus) -> dict[str, tuple[str, ...]]:
+    """Return the splits of a corpus for each part that has some."""
+    found = {part: tuple(name for name in corpus.splits if part_of(name) == part) for part in PARTS}
+    return {part: names for part, names in found.items() if names}
 
 
 def _named(corpus: Corpus, name: str) -> Corpus:

@@ -15,16 +15,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from apps.speech.audio import audio_info
 from apps.speech.data.manifest import Row, collect, inside, manifest_rows, text_lines
 from apps.speech.data.utterance import FIELDS, MEANT, BadRow, Corpus
 from kdcore.config import UserError, nearest
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".caf", ".w64")
+# audio that is not read: named, so that it is not missed
+_OTHER_AUDIO = (".m4a", ".aac", ".webm", ".wma", ".amr", ".mp4", ".mka", ".3gp")
 _MANIFESTS = (".jsonl", ".json", ".ndjson")
+# lines of the text beside a recording
+_MOST_LINES = 1000
 # the splits of Common Voice that do not overlap
 _COMMON_VOICE = ("train.tsv", "dev.tsv", "test.tsv")
 # characters of a field of a table: more is a sign that ends of lines are missing
 _LONGEST_FIELD = 1 << 17
+_PATTERN = re.compile(r"[*?[]")
+# shards of a range of numbers, as WebDataset names them
+_SPAN = re.compile(r"([^{}]*)\{(\d{1,9})\.\.(\d{1,9})\}([^{}]*)")
+_MOST_SHARDS = 1_000_000
+_SIDES = {"A": 0, "B": 1, "1": 0, "2": 1}
 _AN4 = ("train", "test")
 _AN4_TRANSCRIPT = re.compile(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\(([^()\s]+)\)")
 
@@ -50,8 +60,16 @@ def read_corpus(path: str | os.PathLike[str], *, format: str | None = None, skip
 
 
 def pattern_files(path: Path) -> list[Path]:
-    """Return the files that fit a pattern in the last part of a path, as ``shards/part-*.tar``, sorted."""
-    return sorted(path.parent.glob(path.name)) if "*" in path.name and "**" not in path.name else []
+    """Return the files that fit a pattern in the last part of a path, sorted.
+
+    As ``part-*.tar``, ``part-0[0-3]?.tar`` or ``part-{000000..000123}.tar``, numbers of which all that are there.
+    """
+    if (span := _SPAN.fullmatch(path.name)) is not None:
+        before, first, last, after = span.groups()
+        width = len(first) if first.startswith("0") else 1
+        names = (f"{before}{number:0{width}}{after}" for number in range(int(first), int(last) + 1))
+        return [file for file in map(path.with_name, islice(names, _MOST_SHARDS)) if file.is_file()]
+    return sorted(path.parent.glob(path.name)) if _PATTERN.search(path.name) and "**" not in path.name else []
 
 
 def detect_format(source: Path) -> str:
@@ -100,7 +118,9 @@ def _walk(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.glob("*.jsonl") if each.is_file())
+    """Return the manifests of a folder; those of NeMo's tools are named ``train_manifest.json``."""
+    found = {*folder.glob("*.jsonl"), *folder.glob("*manifest.json")}
+    return sorted(each for each in found if each.is_file())
 
 
 def _manifest(source: Path) -> Iterator[Row | BadRow]:
@@ -109,7 +129,7 @@ def _manifest(source: Path) -> Iterator[Row | BadRow]:
         return
     files = _manifests(source)
     if not files:
-        raise UserError(f"{source}: holds no *.jsonl")
+        raise UserError(f"{source}: holds no *.jsonl and no *manifest.json")
     for file in files:
         yield from _of_split(manifest_rows(file), file.stem if len(files) > 1 else None)
 
@@ -308,13 +328,14 @@ def _twice(where: str, name: str, first: int) -> BadRow:
 def _kaldi(source: Path) -> Iterator[Row | BadRow]:
     """Yield the utterances of a Kaldi data folder: wav.scp and, if there, text, utt2spk, segments, utt2dur.
 
-    ``wav.scp`` may name files anywhere, as it does in Kaldi; a relative path starts from the folder.
+    ``wav.scp`` may name files anywhere, as it does in Kaldi; a relative path starts from the folder. Of a file with
+    several channels a recording is the one that ``reco2file_and_channel`` says.
     """
     _wanted_folder(source, "kaldi")
     bad: list[BadRow] = []
     recordings = _mapping(source / "wav.scp", bad, required=True)
     texts, speakers, durations = (_mapping(source / name, bad) for name in ("text", "utt2spk", "utt2dur"))
-    segments = _mapping(source / "segments", bad)
+    segments, sides = (_mapping(source / name, bad) for name in ("segments", "reco2file_and_channel"))
     yield from bad
     utterances = recordings if segments is None else segments
     for name, (number, value) in (utterances or {}).items():
@@ -322,7 +343,9 @@ def _kaldi(source: Path) -> Iterator[Row | BadRow]:
         where = f"{file}: row {number}"
         try:
             values: dict[str, Any] = _segment(where, value) if segments is not None else {"audio": name}
-            values["audio"] = _recording(source, where, values["audio"], recordings or {})
+            recording = values["audio"]
+            values["audio"] = _recording(source, where, recording, recordings or {})
+            extra = _side(source, recording, values["audio"], sides or {})
             if texts is not None and name not in texts:
                 raise BadRow("no transcript", f"{where}: {name} is not in {source / 'text'}")
             if durations is not None and name in durations and segments is None:
@@ -332,7 +355,7 @@ def _kaldi(source: Path) -> Iterator[Row | BadRow]:
             continue
         values |= {"id": name, "text": texts[name][1] if texts is not None else None}
         values["speaker"] = speakers[name][1].strip() if speakers is not None and name in speakers else ""
-        yield Row(where, values, {}, {"audio": "path", "duration": "end"})
+        yield Row(where, values, extra, {"audio": "path", "duration": "end"})
     for name, (number, _) in (texts or {}).items():
         if name not in (utterances or {}):
             yield BadRow("no audio", f"{source / 'text'}: row {number}: {name} has no audio")
@@ -372,6 +395,22 @@ def _recording(source: Path, where: str, name: str, recordings: dict[str, tuple[
     return audio
 
 
+def _side(source: Path, recording: str, audio: str, sides: dict[str, tuple[int, str]]) -> dict[str, int]:
+    """Return the channel of a recording, A or 1 the first; none where its file has one."""
+    if recording not in sides:
+        return {}
+    number, value = sides[recording]
+    side = (value.split() or [""])[-1].upper()
+    if side not in _SIDES:
+        where = f"{source / 'reco2file_and_channel'}: row {number}"
+        raise BadRow("unreadable row", f"{where}: got {side[:20]!r}, wanted a channel, {' or '.join(_SIDES)}")
+    try:
+        several = audio_info(source / audio).channels > 1
+    except UserError:
+        return {}  # whoever reads it says what is wrong
+    return {"channel": _SIDES[side]} if several else {}
+
+
 def _segment(where: str, value: str) -> dict[str, Any]:
     fields = value.split()
     if len(fields) != 3:
@@ -392,13 +431,20 @@ def _number(where: str, text: str) -> float:
 def _folder(source: Path) -> Iterator[Row | BadRow]:
     """Yield every audio file below a folder; the .txt of the same name beside it, if any, is its text."""
     _wanted_folder(source, "folder")
-    for audio in _walk(source, AUDIO_SUFFIXES):
+    for audio in _walk(source, (*AUDIO_SUFFIXES, *_OTHER_AUDIO)):
+        if audio.suffix.lower() in _OTHER_AUDIO:
+            yield BadRow("audio of another kind", f"{audio}: {audio.suffix} is not read; wanted wav, flac, ogg or mp3")
+            continue
         below = audio.relative_to(source)
         listing = audio.with_suffix(".txt")
         text: str | None = None
         if listing.is_file():
-            lines = list(islice(text_lines(listing), 1000))
+            lines = list(islice(text_lines(listing), _MOST_LINES + 1))
             bad = next((line for _, line in lines if isinstance(line, BadRow)), None)
+            if len(lines) > _MOST_LINES:
+                bad = BadRow(
+                    "unreadable row", f"{listing}: has more than {_MOST_LINES} lines; wanted what {audio} says"
+                )
             if bad is not None:
                 yield bad
                 continue

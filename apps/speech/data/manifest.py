@@ -1,9 +1,10 @@
 """Rows of any source made into a corpus, and the JSON-lines manifest. No torch.
 
 A manifest has an object a line: ``audio_filepath`` (or ``path``, ``audio``), ``text`` (or null, where nobody wrote it
-down), ``duration`` and ``offset`` in seconds, ``speaker``, ``id``, ``split``; other keys are kept in
-``Utterance.extra``. Without ``duration`` it is read from the audio's header; with ``offset`` the utterance is a part of
-its file. Audio may be anywhere, as NeMo has it: a relative path starts from the manifest's folder and may leave it.
+down), ``duration`` and ``offset`` in seconds, ``speaker``, ``id``, ``split``, ``channel`` (a number from 0; without it
+all are mixed); other keys are kept in ``Utterance.extra``. Without ``duration`` it is read from the audio's header;
+with ``offset``, or where the file is much longer than ``duration``, the utterance is a part of its file. Audio may be
+anywhere, as NeMo has it: a relative path starts from the manifest's folder and may leave it.
 """
 
 from __future__ import annotations
@@ -106,8 +107,14 @@ def _checked(row: Row, headers: _Headers) -> Utterance:
             file = headers.folder / audio
             whole = f"begins at {offset:g} s, after the end of {file}" if offset else f"{file} has no samples"
             raise row.bad("bad audio", "offset" if offset else "audio", whole)
-    name = _text(row, "id") or _made_id(audio, offset)
     extra = {key: value for key, value in row.extra.items() if key not in FIELDS}
+    for key, value in extra.items():
+        if not _encodes(json.dumps({key: value}, ensure_ascii=False)):
+            raise row.bad("bad field", ascii(key)[1:-1], f"got {_shown(value)}, which cannot be written as text")
+    channel = extra.get("channel")
+    if channel is not None and (not isinstance(channel, int) or isinstance(channel, bool) or channel < 0):
+        raise row.bad("bad field", "channel", f"got {_shown(channel)}, wanted a number, the first is 0")
+    name = _text(row, "id") or _made_id(audio, offset, channel)
     if split := _text(row, "split"):
         extra["split"] = split
     if offset is not None:
@@ -115,9 +122,9 @@ def _checked(row: Row, headers: _Headers) -> Utterance:
     return Utterance(name, audio, text, duration, _text(row, "speaker") or "", extra)
 
 
-def _made_id(audio: str, offset: float | None) -> str:
-    stem = os.path.splitext(audio)[0]
-    return stem if offset is None else f"{stem}@{offset:g}"
+def _made_id(audio: str, offset: float | None, channel: int | None) -> str:
+    stem = os.path.splitext(audio)[0] + ("" if channel is None else f"#{channel}")
+    return stem if offset is None else f"{stem}@{offset:.12g}"
 
 
 def _text(row: Row, key: str) -> str | None:

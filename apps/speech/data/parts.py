@@ -8,7 +8,7 @@ from typing import Any
 
 from apps.speech.audio import examine
 from apps.speech.config import DataConfig
-from apps.speech.data.corpora import PARTS, Source, Sources, refuse_shared
+from apps.speech.data.corpora import PARTS, Source, Sources, part_of, refuse_shared
 from apps.speech.data.utterance import (
     BadRow,
     Corpus,
@@ -16,6 +16,7 @@ from apps.speech.data.utterance import (
     Tally,
     Utterance,
     by_reason,
+    differs,
     hold_out_speakers,
     impossible,
     loaded,
@@ -100,6 +101,10 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
     if config.unlabelled is not None:
         corpus = sources.whole(config.unlabelled)
         found["unlabelled"] = replace(corpus, utterances=tuple(replace(u, text=None) for u in corpus.utterances))
+        refuse_shared(found, ["unlabelled", "valid", "test"])
+    for part, corpus in found.items():
+        if any(name not in PARTS.get(part, ()) for name in corpus.splits):
+            announce(f"{part}: {', '.join(corpus.splits)}")
     found, unplaced = _placed(found)
     notes: dict[str, dict[str, list[str]]] = {}
     read = {part: _readable(part, corpus, config, announce, notes) for part, corpus in found.items()}
@@ -114,7 +119,7 @@ def _placed(corpora: dict[str, Corpus]) -> tuple[dict[str, Corpus], tuple[LeftOu
             holders.setdefault(each, []).append(part)
     for each, parts in holders.items():
         # a part that was held out of another has no split of its own: the row stays with its split's
-        holders[each] = [part for part in parts if each.split in PARTS.get(part, ())] or parts
+        holders[each] = [part for part in parts if each.split and part_of(each.split) == part] or parts
     placed = {
         part: replace(corpus, left_out=tuple(each for each in corpus.left_out if holders[each] == [part]))
         for part, corpus in corpora.items()
@@ -144,6 +149,8 @@ def _readable(
         for problem in examine(samples):
             kind = problem.partition(" (")[0].partition(" of ")[0]
             notes.setdefault(part, {}).setdefault(kind, []).append(utterance.id)
+        if differs(utterance.duration, len(samples) / 16_000):
+            notes.setdefault(part, {}).setdefault("shorter than its duration says", []).append(utterance.id)
         kept.append(replace(utterance, text=text, duration=len(samples) / 16_000))
         if done % 200 == 0 or done == len(corpus):
             announce(f"{part}: read {done} of {len(corpus)}")

@@ -29,6 +29,8 @@ from kdcore.config import UserError
 from kdcore.run import atomic_path, write_json
 
 INDEX = "shards.json"
+# why what follows in a shard is left out
+_BROKEN = "unreadable shard"
 _LARGEST_ROW = 1 << 20
 _BLOCK = 512  # of a tar file
 
@@ -138,20 +140,27 @@ def shard_rows(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Row | BadRow
     reads it without a search.
 
     Raises:
-        UserError: a shard is missing, truncated or no tar file, or has an unsafe member; it names the shard and the
-            member. What is wrong with a shard itself is never a bad row, which can be left out.
+        UserError: a shard has an unsafe member; it names the shard and the member. One that is missing, truncated or
+            no tar file is a bad row, behind those that could be read of it.
     """
     for path in map(Path, paths):
         key: str | None = None
         members: dict[str, _Member] = {}
-        for name, read in _members(path):
-            stem, _, suffix = name.rpartition("/")[2].partition(".")
-            if (current := name[: len(name) - len(suffix) - 1]) != key:
-                yield from _rows(path, key, members)
-                key, members = current, {}
-            if ("." + suffix).lower() in (".json", ".txt", *AUDIO_SUFFIXES) and stem:
-                members[suffix.lower()] = read()
-        yield from _rows(path, key, members)
+        broken: BadRow | None = None
+        try:
+            for name, read in _members(path):
+                stem, _, suffix = name.rpartition("/")[2].partition(".")
+                if (current := name[: len(name) - len(suffix) - 1]) != key:
+                    yield from _rows(path, key, members)
+                    key, members = current, {}
+                if ("." + suffix).lower() in (".json", ".txt", *AUDIO_SUFFIXES) and stem:
+                    members[suffix.lower()] = read()
+        except BadRow as error:
+            broken = error
+        if broken is None or any("." + suffix in AUDIO_SUFFIXES for suffix in members):
+            yield from _rows(path, key, members)
+        if broken is not None:
+            yield broken
 
 
 def _rows(path: Path, key: str | None, members: dict[str, _Member]) -> Iterator[Row | BadRow]:
@@ -237,19 +246,23 @@ def _named(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: is truncated, damaged or no tar file: {' '.join(str(error).split())}") from None
+        problem = f"is truncated, damaged or no tar file: {' '.join(str(error).split())}"
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        problem = f"cannot be read: {error.strerror or error}"
     except (ValueError, OverflowError):
-        raise UserError(f"{path}: is damaged: a header of a member is unreadable") from None
+        problem = "is damaged: a header of a member is unreadable"
+    else:
+        return
+    raise BadRow(_BROKEN, f"{path}: {problem}")
 
 
 def _members(path: Path) -> Iterator[tuple[str, _Reader]]:
     """Yield name and reader of the regular members of a tar file, one after the other.
 
     Raises:
-        UserError: the shard cannot be read, is truncated (a cut between two members too: the mark at the end is
-            looked for), or has a member that is a link or device, too large, or named outside the archive.
+        BadRow: the shard cannot be read, or is truncated (a cut between two members too: the mark at the end is looked
+            for).
+        UserError: it has a member that is a link or device, too large, or named outside the archive.
     """
     with _named(path), _Bounded(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         while (member := archive.next()) is not None:
@@ -261,9 +274,9 @@ def _members(path: Path) -> Iterator[tuple[str, _Reader]]:
         stream.seek(archive.offset)
         mark = stream.read(_BLOCK)
         if len(mark) < _BLOCK:
-            raise UserError(f"{path}: is truncated: the mark at the end of a tar file is missing")
+            raise BadRow(_BROKEN, f"{path}: is truncated: the mark at the end of a tar file is missing")
         if mark.strip(b"\0"):
-            raise UserError(f"{path}: is damaged at byte {archive.offset}: there is no header of a member")
+            raise BadRow(_BROKEN, f"{path}: is damaged at byte {archive.offset}: there is no header of a member")
 
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:

@@ -102,16 +102,17 @@ class Corpus:
         """The names of the splits in the order they appear; none where the source has no splits."""
         return tuple(dict.fromkeys(each.extra["split"] for each in self.utterances if "split" in each.extra))
 
-    def split(self, name: str) -> Corpus:
-        """Return the utterances of one split; what was left out of other splits is not of it.
+    def split(self, *names: str) -> Corpus:
+        """Return the utterances of one split or of several; what was left out of other splits is not of them.
 
         Raises:
             UserError: there is no such split; it names those that are there.
         """
-        if name not in self.splits:
-            raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(self.splits) or 'none'}")
-        left_out = tuple(each for each in self.left_out if each.split in (name, None))
-        return replace(self.select(lambda each: each.extra.get("split") == name), left_out=left_out)
+        for name in names:
+            if name not in self.splits:
+                raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(self.splits) or 'none'}")
+        left_out = tuple(each for each in self.left_out if each.split in (*names, None))
+        return replace(self.select(lambda each: each.extra.get("split") in names), left_out=left_out)
 
     def select(self, wanted: Callable[[Utterance], bool]) -> Corpus:
         """Return the utterances for which ``wanted`` is true, in their order.
@@ -131,15 +132,26 @@ class Corpus:
         return self.folder / utterance.audio
 
     def load(self, utterance: Utterance) -> np.ndarray:
-        """Return the samples float32 [n] of an utterance at 16 kHz; errors as ``read_audio``."""
+        """Return the samples float32 [n] of an utterance at 16 kHz; errors as ``read_audio``.
+
+        Without an offset it is the whole file, or, where that is much longer than ``duration``, its beginning.
+        """
         if STORED[1] in utterance.extra:
             return _stored(self.path(utterance), utterance)
         channel = utterance.extra.get("channel")
-        number = channel if isinstance(channel, int) and not isinstance(channel, bool) else "mix"
+        number = channel if isinstance(channel, int) else "mix"
         offset = utterance.extra.get("offset")
-        if offset is None:
-            return read_audio(self.path(utterance), channel=number)
-        return read_audio(self.path(utterance), channel=number, start=offset, seconds=utterance.duration)
+        if offset is not None:
+            return read_audio(self.path(utterance), channel=number, start=offset, seconds=utterance.duration)
+        samples = read_audio(self.path(utterance), channel=number)
+        if differs(len(samples) / SAMPLE_RATE, utterance.duration):
+            samples = samples[: max(1, round(utterance.duration * SAMPLE_RATE))]
+        return samples
+
+
+def differs(longer: float, shorter: float) -> bool:
+    """Return whether seconds are more than others by what rounding and codecs do not explain."""
+    return longer > 1.02 * shorter + 0.5
 
 
 def utterance_at(corpora: Sequence[Corpus], row: int) -> tuple[Corpus, Utterance]:

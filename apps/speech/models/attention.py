@@ -121,7 +121,8 @@ class AttentionCtc(BiLstm):
         padded = torch.zeros(len(labels), max(longest, 1), dtype=torch.int64)
         for row, each in enumerate(labels):
             padded[row, : len(each)] = torch.tensor(each, dtype=torch.int64)
-        _, attention = self.attend(encoded, lengths, padded)
+        _, attention = self.attend(encoded, lengths.to(encoded.device), padded.to(encoded.device))
+        attention = attention.cpu()
         found = []
         for row, each in enumerate(labels):
             frames = int(lengths[row])

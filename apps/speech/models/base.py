@@ -122,7 +122,8 @@ class StreamingModel(AcousticModel):
     def look_ahead_ms(self) -> int:
         """Milliseconds of audio behind the start of a frame of 40 ms that its logits may depend on, at most.
 
-        The frame's own 40 ms are not counted, what comes in one chunk with it is.
+        The frame's own 40 ms are not counted, nor the 7.5 ms by which the window of its last feature reaches beyond
+        them; what comes in one chunk with it is.
         """
         return (self.chunk_frames - 1) * FRAME_MS
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.speech.config import DataConfig
-from apps.speech.data.corpora import Selection, absolute_name, find_data, parse_corpus
+from apps.speech.data.corpora import Selection, absolute_name, find_data, parse_corpus, part_of
 from apps.speech.data.formats import read_corpus
 from apps.speech.data.parts import Parts, read_parts
 from apps.speech.data.shards import write_shards
@@ -37,6 +37,30 @@ def corpus(folder: Path, files: dict[str, list[tuple[str, str]]], rate: int = 16
             lines.append(json.dumps({**row, "speaker": speaker, "take": number}) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
+
+
+def test_splits_are_parts_by_their_names(tmp_path: Path) -> None:
+    splits = {"train-clean-100": "r", "train_other": "q", "dev-clean": "s", "test-clean": "t", "test-other": "u"}
+    folder = corpus(tmp_path / "c", {split: [(speaker, speaker)] for split, speaker in splits.items()})
+    said: list[str] = []
+    parts = read_parts(DataConfig(path=str(folder)), said.append)
+    assert ids(parts) == {"train": ["r", "q"], "valid": ["s"], "test": ["t", "u"]}
+    assert "train: train-clean-100, train_other" in said and "test: test-clean, test-other" in said
+    assert ids(read(path=str(folder), test=f"{folder}@split=test-clean"))["test"] == ["t"]
+    known = ["train", "dev_manifest", "an4-test", "train_dev", "Eval2000", "eval-92", "latest", "validated", "other"]
+    assert list(map(part_of, known)) == ["train", "valid", "test", "valid", None, "test", None, None, None]
+
+
+def test_what_is_tested_with_is_not_heard_without_its_text_either(both: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=r"utterance d is in unlabelled and in test: both hear .*test-d\.wav"):
+        read(path=str(both[0]), valid_speakers=1, unlabelled=str(both[0]))
+    assert "unlabelled" in ids(read(path=str(both[0]), valid_speakers=1, unlabelled=str(both[1])))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\xff", '{"simulated": "no"}'])
+def test_a_file_that_says_nothing_of_simulation_is_no_matter(content: str, both: tuple[Path, Path]) -> None:
+    (both[1] / "dataset.json").write_bytes(content.encode("latin-1"))
+    assert not read(path=str(both[1]), valid_speakers=1, test_speakers=1).simulated
 
 
 @pytest.fixture

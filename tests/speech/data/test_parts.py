@@ -45,6 +45,25 @@ def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return prepared
 
 
+def test_a_file_of_a_few_samples_at_a_high_rate_has_none(heard: Any, tmp_path: Path) -> None:
+    heard(skip_bad=True, teacher={})
+    soundfile.write(tmp_path / "test-other.wav", np.array([0.5]), 192_000)
+    prepared = small_again(tmp_path)
+    assert [each.id for each in prepared.corpora["test"].utterances] == ["test-usual"]
+    assert prepared.counts["test: bad audio"] == 1
+    # and what is shorter than its row says is kept, and said
+    assert prepared.remarks["train"]["shorter than its duration says"]["first"] == ["train-other"]
+
+
+def small_again(folder: Path) -> Prepared:
+    """Prepare the folder anew, with one row that claims more than there is."""
+    row = json.dumps({"id": "train-other", "path": "train-other.wav", "text": "yes", "duration": 9.0}) + "\n"
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text(lines[0] + row)
+    data = {"path": str(folder), "skip_bad": True}
+    return small("ctc_frame_level", folder, folder / "again", views=[{}], data=data).prepared
+
+
 @pytest.mark.parametrize(
     ("lengths", "skip_bad", "named"),
     [

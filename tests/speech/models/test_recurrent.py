@@ -95,8 +95,9 @@ def test_statistics_are_those_of_the_features(kind):
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [("tiny", 0.25, 0.35), ("small", 0.75, 0.85), ("base", 2.6, 3.3)])
-def test_sizes(size, least, most):
-    assert least < new_model("conv_rnn", 29, {"size": size}).parameter_count() / 1e6 <= most
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_sizes(size, least, most, cell):
+    assert least < new_model("conv_rnn", 29, {"size": size, "cell": cell}).parameter_count() / 1e6 <= most
 
 
 @pytest.mark.parametrize(
