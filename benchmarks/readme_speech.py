@@ -44,10 +44,17 @@ def quality(result: dict[str, Any]) -> str:
             if metric in found
         ]
         lines.append(f"Student of `{first}` minus that of `{other}`, points: {'; '.join(said)}.")
-    share = result["teacher_on_training"]
-    lines.append(
-        f"On the recordings it teaches, which it was trained on, the teacher errs in {share:.1%} of the words."
-    )
+    heard = result["teacher_on_training"]
+    for share in sorted({each["wer"] for each in heard.values() if not each["folds"]}):
+        lines.append(
+            f"On the recordings it teaches, which it was trained on, the teacher errs in {share:.1%} of the words."
+        )
+    for recipe, each in heard.items():
+        if each["folds"]:
+            lines.append(
+                f"The teachers of the {each['folds']:.0f} folds of `{recipe}` err in {each['wer']:.1%} of the words of "
+                "those that they teach, which they were not trained on."
+            )
     wanted = [
         f"{role} {100 * result['targets'][role]['wer']:.1f} ({100 * result['targets'][role]['wer_lm']:.1f})"
         for role in ("teacher", "student")

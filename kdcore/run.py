@@ -38,8 +38,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The file is fsynced before the rename and the folder after it, so a crash leaves the old file or the new
     one, never a part of either. What a killed writer left behind is removed by the next one of the same file.
+
+    Raises:
+        UserError: ``path`` is a folder.
     """
     target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder, wanted the name of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(target)
     folder, lock = _temporary_folder(target)

@@ -187,7 +187,9 @@ class Bench:
     def error_rates(self, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
         """Return word error rates by what was heard, and what int8 adds."""
         measurement = Measurement(self.pipeline)
-        rates = {name: measurement.scored("test", heard).wer for name, heard in texts.items()}
+        rates = {
+            name: measurement.scored("test", heard, self.pipeline.config.test_view).wer for name, heard in texts.items()
+        }
         return {**rates, "int8 costs": rates["int8"] - rates["fp32"]}
 
     def beside_sherpa(self, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:

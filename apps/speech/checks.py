@@ -169,6 +169,8 @@ def _check_member(name: str, member: MemberConfig, *, first: bool) -> None:
 
 
 def _check_model(name: str, model: ModelConfig) -> None:
+    if model.trainer.accelerator == "mps":
+        raise UserError(f"{name}.trainer.accelerator: got mps, for which torch has no CTC; wanted auto, cuda or cpu")
     try:
         model_options(model.kind, model.options)
     except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from apps.speech.models.attention import AttentionCtc
 from apps.speech.models.base import StreamingModel, output_lengths
 from apps.speech.units import Units
 from kdcore.teaching import Taps, Term, keep_rounded, round_weights
-from kdcore.trainer import Trainer
+from kdcore.trainer import Trainer, TrainerConfig
 
 # feature frames of a batch whose posteriors are asked for
 _FRAMES = 20_000
@@ -134,6 +134,13 @@ def validator(
     return measure
 
 
+def with_ctc(config: TrainerConfig) -> TrainerConfig:
+    """Return how a CTC model is trained where that is left open: torch has CTC for CUDA and CPUs, not for MPS."""
+    if config.accelerator != "auto":
+        return config
+    return replace(config, accelerator="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fit_model(
     config: ModelConfig,
     data: Utterances,
@@ -180,7 +187,9 @@ def fit_model(
     )
     named = {**(context or {}), "model": f"{model.label()}{which}"}
     description = f"{named.get('role', '')} {named['model']}".strip()
-    trainer = Trainer(config.trainer, seed=seed, folder=folder, key=key, context=named, description=description)
+    trainer = Trainer(
+        with_ctc(config.trainer), seed=seed, folder=folder, key=key, context=named, description=description
+    )
     result = trainer.fit(step)
     # wherever it was trained: it is stored, and measured on what it is made for
     model.cpu()

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from apps.speech.lessons import Cuts, NBest
+from apps.speech.models.base import FRAME_MS
 from kdcore import losses
 from kdcore.config import UserError, build, nearest
 from kdcore.losses.contract import Reduction
 from kdcore.losses.sequence import SpikeForm
 from kdcore.teaching import Schedule, Term
+
+# frames that a student may be taught to be late at most: two seconds
+MOST_DELAY = 50
 
 
 def _check_least(options: Any, least: int, *names: str) -> None:
@@ -24,6 +28,12 @@ def _check_least(options: Any, least: int, *names: str) -> None:
     for name in names:
         if getattr(options, name) < least:
             raise ValueError(f"{name}: got {getattr(options, name)}, wanted {least} or more")
+
+
+def _check_delay(delay: int) -> None:
+    if not 0 <= delay <= MOST_DELAY:
+        most = f"at most {MOST_DELAY}: it counts frames of {FRAME_MS} ms" if delay > 0 else "0 or more"
+        raise ValueError(f"delay: got {delay}, wanted {most}")
 
 
 def _check_temperature(temperature: float) -> None:
@@ -54,7 +64,8 @@ class FrameOptions:
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
-        _check_least(self, 0, "delay", "window")
+        _check_least(self, 0, "window")
+        _check_delay(self.delay)
         if self.monotone and not self.window:
             raise ValueError("monotone: got true with window 0, wanted a window of 1 or more with it")
         if self.blank_threshold is not None and not 0 <= self.blank_threshold <= 1:
@@ -92,7 +103,7 @@ class SegmentOptions:
         _check_lists(self.count, self.beam)
         _check_temperature(self.temperature)
         _check_least(self, 1, "least")
-        _check_least(self, 0, "delay")
+        _check_delay(self.delay)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold: got {self.threshold}, wanted a probability below 1")
 
@@ -105,7 +116,7 @@ class GuidedOptions:
     form: SpikeForm = "probability"
 
     def __post_init__(self) -> None:
-        _check_least(self, 0, "delay")
+        _check_delay(self.delay)
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,8 @@ class AttentionTargets:
     window: int = 0
 
     def __post_init__(self) -> None:
-        _check_least(self, 0, "delay", "window")
+        _check_least(self, 0, "window")
+        _check_delay(self.delay)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class HintOptions:
     delay: int = 0
 
     def __post_init__(self) -> None:
-        _check_least(self, 0, "delay")
+        _check_delay(self.delay)
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,8 @@ class LayersOptions:
             raise ValueError(f"layers: wanted as many blocks of both, at least one, got {self.student}, {self.teacher}")
         if min(*self.student, *self.teacher) < 0:
             raise ValueError(f"layers: wanted blocks counted from 0, got {self.student}, {self.teacher}")
-        _check_least(self, 0, "progress", "delay")
+        _check_least(self, 0, "progress")
+        _check_delay(self.delay)
 
 
 @dataclass(frozen=True)

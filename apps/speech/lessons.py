@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.speech.data.batches import padded
+from apps.speech.data.batches import HEARD_AT_ONCE, neighbours, padded
 from apps.speech.decode.nbest import n_best
-from apps.speech.models.base import FRAME_MS, output_lengths
+from apps.speech.models.base import FRAME_MS, SUBSAMPLING, output_lengths
 from kdcore.losses import cut_at_blanks
 from kdcore.teacher_cache import CacheEntry, TeacherCache
 
@@ -25,8 +25,6 @@ Said = Callable[[Sequence[int]], Mapping[str, list[np.ndarray]]]
 Progress = Callable[[str, int, int], None]
 # utterances whose lists are made and written at a time
 _LISTED = 64
-# utterances that a teacher is asked for at once, and their frames of 40 ms, padding included: four minutes
-_ASKED, _ASKED_FRAMES = 16, 6000
 # log-posteriors [2 T', C] of half the length of a frame -> [T', C]
 Halved = Callable[[np.ndarray], np.ndarray]
 
@@ -153,28 +151,14 @@ class ViewLessons:
         first = int(np.searchsorted(self.offsets, start, "right")) - 1
         last = int(np.searchsorted(self.offsets, stop, "left"))
         parts: dict[str, list[np.ndarray]] = {}
-        low = first
-        while low < last:
-            rows = self._together(low, last)
+        for rows in neighbours(np.diff(self.offsets), first, last, frames=HEARD_AT_ONCE * self.finer // SUBSAMPLING):
             said = self.ask(rows)
             for name in ("log_probs", *self.layers):
                 parts.setdefault(name, []).extend(said[name])
-            low = rows.stop
         begin = start - int(self.offsets[first])
         # float16 ends at 65504, and a posterior of e^-10000 is as good as any smaller one
         whole = {name: np.concatenate(values).clip(-1e4, 1e4).astype(np.float16) for name, values in parts.items()}
         return {name: values[begin : begin + stop - start] for name, values in whole.items()}
-
-    def _together(self, first: int, last: int) -> range:
-        """Return the utterances from ``first`` that are asked for at once: as many as memory surely holds, padded."""
-        stop = first + 1
-        longest = self.offsets[first + 1] - self.offsets[first]
-        while stop < min(first + _ASKED, last):
-            longest = max(longest, self.offsets[stop + 1] - self.offsets[stop])
-            if longest * (stop + 1 - first) > _ASKED_FRAMES * self.finer:
-                break
-            stop += 1
-        return range(first, stop)
 
     def _asked(self, row: int) -> np.ndarray:
         """Return the log-posteriors float32 [T', C] of an utterance in the frames that ``ask`` gives."""

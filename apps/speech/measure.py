@@ -15,6 +15,7 @@ import torch
 
 from apps.speech import fitting
 from apps.speech.calibration import CALIBRATIONS, expected_calibration_error, word_outcomes
+from apps.speech.data.batches import neighbours
 from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import greedy
@@ -37,6 +38,7 @@ from apps.speech.pipeline import FOLDS, Cell, Pipeline
 from apps.speech.slices import slices
 from apps.speech.views import parse_view
 from kdcore import processes
+from kdcore.config import UserError
 from kdcore.run import metric_row, read_json, write_json
 
 # the ways a transcript is made
@@ -51,13 +53,14 @@ _TIMED, _TIMED_SECONDS = 20, 60.0
 class Heard:
     """What a model says of a part: log-posteriors [T', C] of every utterance by frames of ``frame_ms``, and its cost.
 
-    ``real_time_factor`` is seconds of one core per second of audio, of what ``timed`` says.
+    ``real_time_factor`` is seconds of one core per second of audio, of what ``timed`` says; ``view`` is what it heard.
     """
 
     log_probs: list[np.ndarray]
     real_time_factor: float
     timed: str = ""
     frame_ms: int = FRAME_MS
+    view: str = "clean"
 
     def words(self, path: Hypothesis, symbols: Sequence[str], words: Sequence[str] | None = None) -> list[Word]:
         """Return the words of what was decoded of an utterance, with times and confidences."""
@@ -98,17 +101,17 @@ class Measurement:
 
         A streaming model is timed in its chunks on the first utterances, any other one on all of them, whole.
         """
-        store = self.prepared.store(part, self.config.test_view)
+        heard = self.config.tested_view(cell.role)
+        store = self.prepared.store(part, heard)
         durations = [each.duration for each in self.prepared.corpora[part].utterances]
         timed, frame_ms = f"network only, {_threads()}, whole utterances in batches", FRAME_MS
         if cell.role == "teacher":
-            teacher, view = self.pipeline.teach(cell.seed), self.config.tested_view("teacher")
+            teacher = self.pipeline.teach(cell.seed)
             found: dict[int, np.ndarray] = {}
             frame_ms = teacher.frame_ms
             with ComputeTime() as spent:
-                for start in range(0, len(store), 16):
-                    rows = range(start, min(start + 16, len(store)))
-                    said = teacher.ask(self.prepared, part, view, rows, frame_ms=frame_ms)["log_probs"]
+                for rows in neighbours(store.lengths, 0, len(store)):
+                    said = teacher.ask(self.prepared, part, heard, rows, frame_ms=frame_ms)["log_probs"]
                     found.update(zip(rows, said, strict=True))
         else:
             model, _ = load_model(cell.folder)
@@ -121,7 +124,7 @@ class Measurement:
                 spent = ComputeTime(fitting.streaming_seconds(model, [store[row] for row in first]))
                 timed = f"network only, one thread, in chunks of {model.chunk_frames * FRAME_MS} ms"
         said = [found[row] for row in range(len(store))]
-        return Heard(said, real_time_factor(spent.seconds, sum(durations)), timed, frame_ms)
+        return Heard(said, real_time_factor(spent.seconds, sum(durations)), timed, frame_ms, heard)
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return by role what the first seed's model takes to hear the longest utterance of the test part.
@@ -144,9 +147,9 @@ class Measurement:
             beam=self.config.decode.beam,
         )
 
-    def scored(self, part: str, texts: Sequence[str]) -> Scores:
-        """Return the errors of one text an utterance; where the test view adds noise, its ratio is that of the draw."""
-        view, utterances = parse_view(self.config.test_view), list(self.prepared.corpora[part].utterances)
+    def scored(self, part: str, texts: Sequence[str], heard: str) -> Scores:
+        """Return the errors of one text an utterance; where the view that was heard adds noise, its ratio is drawn."""
+        view, utterances = parse_view(heard), list(self.prepared.corpora[part].utterances)
         for place, each in enumerate(utterances):
             if (snr := view.snr(each.id, 0)) is not None:
                 utterances[place] = replace(each, extra={**each.extra, "snr": snr})
@@ -156,18 +159,18 @@ class Measurement:
         """Return what best paths give."""
         paths = [greedy(each) for each in heard.log_probs]
         words = [heard.words(path, self.prepared.units.symbols) for path in paths]
-        return self._decoded(part, [self.prepared.units.decode(path.ids) for path in paths], words)
+        return self._decoded(part, heard, [self.prepared.units.decode(path.ids) for path in paths], words)
 
     def with_lm(self, part: str, heard: Heard, weights: tuple[float, float]) -> Decoded:
         """Return what lexicon and language model give."""
         decoder, symbols = self.decoder(*weights), self.prepared.units.symbols
         best = [found[0] if (found := decoder.decode(each)) else None for each in heard.log_probs]
         words = [heard.words(each.symbols, symbols, each.words) if each else [] for each in best]
-        return self._decoded(part, [" ".join(each.words) if each else "" for each in best], words)
+        return self._decoded(part, heard, [" ".join(each.words) if each else "" for each in best], words)
 
-    def _decoded(self, part: str, texts: Sequence[str], words: Sequence[Sequence[Word]]) -> Decoded:
+    def _decoded(self, part: str, heard: Heard, texts: Sequence[str], words: Sequence[Sequence[Word]]) -> Decoded:
         references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
-        return Decoded(self.scored(part, texts), *word_outcomes(zip(words, references, strict=True)))
+        return Decoded(self.scored(part, texts, heard.view), *word_outcomes(zip(words, references, strict=True)))
 
     def decoded(self, part: str, heard: Heard, weights: tuple[float, float] | None) -> dict[str, Decoded]:
         """Return what each way of decoding gives."""
@@ -212,7 +215,8 @@ class Measurement:
         """Return how long a part's words wait for the student, in ms, by the times of the teacher's best path.
 
         ``delay``: each right word from its end until it appears; ``first_symbol``: each utterance from the start of its
-        first word until anything appears; ``final``: from the end of its last word until the last one appeared.
+        first word until anything appears; ``final``: from the end of its last word until that appeared, where both
+        heard it right: who leaves it out is not early.
         """
         symbols = self.prepared.units.symbols
         found: dict[str, list[float | None]] = {"delay": [], "first_symbol": [], "final": []}
@@ -230,7 +234,9 @@ class Measurement:
             first = known((best.frames[0] + 1) * FRAME_MS / 1000) if best.frames else None
             found["delay"] += [each.delay_ms for each in emission_delays(words, said, reference)]
             found["first_symbol"].append(first_symbol_latency(words, said, first_symbol=first))
-            found["final"].append(finalisation_latency(words, said))
+            last = [each[-1]["word"] for each in (words, said) if each] + reference.split()[-1:]
+            right = len(last) == 3 and len(set(last)) == 1
+            found["final"].append(finalisation_latency(words, said) if right else None)
         return found
 
 
@@ -244,6 +250,9 @@ def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]
 
 
 def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
+    for cell in (cell for seed in pipeline.config.seeds for cell in pipeline.cells(seed)):
+        if cell.role != "teacher" and not (cell.folder / "model.json").exists():
+            raise UserError(f"{cell.folder}: no model here yet; kd speech distill --out {pipeline.run.path} makes it")
     measurement = Measurement(pipeline)
     taken = measurement.memory() if memory else {}
     rows: list[dict[str, Any]] = []

@@ -180,7 +180,7 @@ class Pipeline:
         self, teachers: Sequence[tuple[Teacher, str]], seed: int | None, given: dict[str, dict[str, Any]]
     ) -> Lessons:
         wanted = knowledge.needs(given)
-        device = make_fabric(self.config.student.trainer).device
+        device = make_fabric(fitting.with_ctc(self.config.student.trainer)).device
         for who, _ in teachers:
             who.to(device)
         return teacher_lessons(

@@ -12,6 +12,7 @@ import pytest
 from apps.cli import main
 from apps.speech.decode.lm import check_arpa
 from data_scripts.simulate_speech import simulate
+from tests.speech.small_runs import SIZES
 
 
 def test_recipes_of_the_wing_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +37,36 @@ def test_help_imports_nothing_heavy() -> None:
     assert said.splitlines()[-1] == "[]"
 
 
+def test_a_run_of_the_commands_from_recordings_to_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No recipe and no data are named, so a corpus is simulated; a small one here."""
+    monkeypatch.chdir(tmp_path)
+    made = simulate(Path("data/simulated-speech"), utterances=36)
+    asked: list[Path] = []
+
+    def simulated(folder: Path, **options: object) -> Path:
+        asked.append(folder)
+        return made
+
+    monkeypatch.setattr("data_scripts.simulate_speech.simulate", simulated)
+    tiny = []
+    for role, kind in (("teacher", "bilstm"), ("student", "conv_rnn")):
+        tiny += [f"--{role}.options", json.dumps(SIZES[kind]), f"--{role}.trainer.max_epochs", "1"]
+    tiny += ["--decode.beam", "4", "--decode.lm_weights", "[1.0]", "--decode.word_scores", "[0.0]"]
+    assert main(["speech", "run", *tiny]) == 0
+    out = tmp_path / "runs" / "demo-simulated-speech"
+    said = capsys.readouterr()
+    assert asked == [Path("data/simulated-speech")] and "student" in said.out and "simulated" in said.out.lower()
+    assert (out / "report.html").exists() and (out / "student" / "model.safetensors").exists()
+    # a held-out recording, with its alignment
+    assert "REF" in said.out.upper() or "reference" in said.out
+    trained = (out / "student" / "model.safetensors").stat().st_mtime_ns
+    assert main(["speech", "evaluate", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert (out / "student" / "model.safetensors").stat().st_mtime_ns >= trained
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -52,6 +83,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["lm", "--text", "missing.txt", "--order", "9", "--out", "lm.arpa"], "--order: got 9, wanted 2 to 6"),
         (["lm", "--text", "missing.txt", "--order", "1", "--out", "lm.arpa"], "--order: got 1, wanted 2 to 6"),
         (["lm", "--txt", "missing.txt", "--out", "lm.arpa"], "--text"),
+        (["run", "--recipe", "demo", "--data", "x", "--student.trainer.accelerator", "mps"], "torch has no CTC"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(

@@ -89,6 +89,7 @@ def test_unknown_names_and_options_are_told() -> None:
     ("name", "options", "message"),
     [
         *((name, {"delay": -1}, "delay: got -1, wanted 0 or more") for name in sorted(set(KNOWLEDGE) - {"sequence"})),
+        ("frame", {"delay": 160}, "delay: got 160, wanted at most 50: it counts frames of 40 ms"),
         *((name, {"temperature": 0}, "temperature: got 0.0, wanted") for name in ("frame", "sequence", "segment")),
         ("frame", {"temperature": float("inf")}, "temperature: got inf, wanted a finite number above 0"),
         ("frame", {"window": -1}, "window: got -1, wanted 0 or more"),

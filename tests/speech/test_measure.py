@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from apps.speech.evaluate import score
 from apps.speech.measure import Decoded, Heard, Measurement, _first, evaluate
 from apps.speech.memory import model_memory
 from apps.speech.models.base import StreamingModel
+from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline
 from data_scripts.simulate_speech import simulate
+from kdcore.config import UserError
 from kdcore.report import write_report
 from kdcore.run import read_json
 from tests.speech.small_runs import small
@@ -51,6 +54,56 @@ def test_how_late_a_student_writes_its_words(pipeline: Pipeline) -> None:
     assert measurement.lag(said(0), said(3)) == 0
     silent = Heard([np.log(np.full((4, units.blank + 1), 1 / (units.blank + 1)))] * len(said(0).log_probs), 0.0)
     assert measurement.lag(silent, said(0)) == 0
+
+
+def test_waits_are_from_the_teachers_words_to_the_end_of_a_chunk(pipeline: Pipeline) -> None:
+    measurement, units = Measurement(pipeline), pipeline.prepared.units
+    model, _ = load_model(pipeline.cells(0)[-1].folder)
+    texts = pipeline.prepared.texts("valid")
+
+    def said(late: int, words: slice) -> Heard:
+        """Return each text's symbols in every third frame from the first on, ``late`` frames later; some words only."""
+        found = []
+        for text in texts:
+            path = [units.blank] * late
+            for symbol in units.encode(" ".join(text.split()[words])):
+                path += [symbol, units.blank, units.blank]
+            frames = np.full((len(path) + 1, units.blank + 1), -20.0)
+            frames[np.arange(len(path)), path] = 0.0
+            frames[-1, units.blank] = 0.0
+            found.append(frames)
+        return Heard(found, 0.0)
+
+    whole = slice(None)
+    waits = measurement.delays(said(6, whole), said(0, whole), model, "valid")
+    # 240 ms, and what is missing to a chunk of 160 ms
+    spread = [wait for kind in ("delay", "final") for wait in waits[kind] if wait is not None]
+    assert len(spread) > len(texts) and all(239 < wait < 401 for wait in spread)
+    assert max(spread) - min(spread) > 39
+    assert all(wait is not None and 279 < wait < 441 for wait in waits["first_symbol"])
+    # who leaves the last word out is not early: of such utterances nothing is counted
+    longer = [len(text.split()) > 1 for text in texts]
+    short = measurement.delays(said(6, slice(0, -1)), said(0, whole), model, "valid")
+    assert any(longer) and all(wait is None for wait in short["final"])
+    assert sum(wait is not None for wait in short["first_symbol"]) == sum(longer)
+
+
+def test_a_run_without_its_students_is_not_evaluated(pipeline: Pipeline, tmp_path: Path) -> None:
+    config = replace(pipeline.config, seeds=[0, 5])
+    begun = Pipeline(config, tmp_path / "begun")
+    with pytest.raises(UserError, match=r"seeds/0/student_alone: no model here yet; kd speech distill --out"):
+        evaluate(begun)
+    assert not (tmp_path / "begun" / "seeds").exists()
+
+
+def test_a_teacher_that_hears_no_noise_has_no_ratio_of_it(tmp_path: Path) -> None:
+    views = [{"student": "noise:0:10", "teacher": "clean"}]
+    noisy = small("demo", simulate(tmp_path / "data", utterances=36), tmp_path, views=views, test_view="noise:0:10")
+    measurement, texts = Measurement(noisy), noisy.prepared.texts("test")
+    drawn = measurement.scored("test", texts, "noise:0:10").snrs
+    assert ((drawn >= 0) & (drawn <= 10)).all()
+    # those of the corpus itself, if any
+    assert not ((own := measurement.scored("test", texts, "clean").snrs) == drawn).any() and len(own) == len(drawn)
 
 
 def test_a_student_is_timed_in_its_chunks_on_one_thread(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +146,7 @@ def test_the_utterances_that_are_timed() -> None:
 
 def test_each_way_of_decoding_has_its_calibration(pipeline: Pipeline) -> None:
     measurement, cell = Measurement(pipeline), pipeline.cells(0)[-1]
-    scores = measurement.scored("valid", pipeline.prepared.texts("valid"))
+    scores = measurement.scored("valid", pipeline.prepared.texts("valid"), "clean")
     confidences = np.linspace(0.01, 0.99, 200)
     draws = np.random.default_rng(0).random(200)
     sure = Decoded(scores, confidences, draws < confidences)

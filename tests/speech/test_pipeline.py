@@ -68,6 +68,21 @@ def test_every_recipe_runs_and_its_terms_act(recipe: str, data: Path, tmp_path: 
     assert read_json(tmp_path / "run" / "provenance.json")["simulated"] is True
 
 
+def test_hints_are_taught_beside_other_terms(data: Path, tmp_path: Path) -> None:
+    knowledge = {"hint": {"weight": 2.0, "options": {"delay": 2}}, "frame": {"options": {"delay": 2}}}
+    pipeline = small("ctc_frame_level", data, tmp_path, knowledge=knowledge)
+    pipeline.distill(0)
+    pipeline.gather_log()
+    events = [each for each in read_log(tmp_path / "run" / "log.jsonl") if each["event"] == "epoch"]
+    terms = next(each["terms"] for each in events if each["role"] == "student")
+    assert terms.keys() == {"ctc", "hint", "frame"} and all(np.isfinite(each) and each for each in terms.values())
+    # the layer that fits the student's width to the teacher's is not part of the student
+    model, _ = load_model(tmp_path / "run" / "seeds" / "0" / "student")
+    assert (
+        model.parameter_count() == load_model(tmp_path / "run" / "seeds" / "0" / "student_alone")[0].parameter_count()
+    )
+
+
 def test_an_int8_student_is_stored_as_int8_weights_give_it(data: Path, tmp_path: Path) -> None:
     trainer = {**TRAINER, "max_epochs": 2}
     options = {"options": SIZES["conv_rnn"], "optimization": {"batch_frames": 1500}, "trainer": trainer}
@@ -358,9 +373,11 @@ def test_what_nobody_wrote_down_is_spoken_of_by_the_teacher_itself(data: Path, t
 
 
 def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_path: Path) -> None:
-    pipeline = small("ctc_sequence_level", data, tmp_path)
+    small("ctc_sequence_level", data, tmp_path)
+    # recordings of nobody else's part
+    other = simulate(tmp_path / "other", utterances=12, seed=7)
     config = load_config(
-        file=tmp_path / "config.yaml", overrides=[("data.unlabelled", json.dumps(str(data / "valid.jsonl")))]
+        file=tmp_path / "config.yaml", overrides=[("data.unlabelled", json.dumps(str(other / "train.jsonl")))]
     )
     pipeline = Pipeline(config, tmp_path / "run")
     pipeline.teach(0)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+
+# feature frames of 10 ms that a model hears at once, padding included, where nothing else bounds them: four minutes
+HEARD_AT_ONCE = 24_000
 
 
 def bucketed(lengths: np.ndarray, frames: int, generator: torch.Generator, *, jitter: float = 0.05) -> list[np.ndarray]:
@@ -43,3 +48,21 @@ def padded(rows: list[np.ndarray], value: float = 0.0) -> np.ndarray:
     for place, row in enumerate(rows):
         out[place, : len(row)] = row
     return out
+
+
+def neighbours(
+    lengths: np.ndarray, first: int, last: int, *, frames: int = HEARD_AT_ONCE, count: int = 16
+) -> Iterator[range]:
+    """Yield the rows ``first`` to below ``last`` in order, at most ``count`` together of at most ``frames``, padded.
+
+    One that is longer comes alone.
+    """
+    while first < last:
+        stop, longest = first + 1, int(lengths[first])
+        while stop < min(first + count, last):
+            longest = max(longest, int(lengths[stop]))
+            if longest * (stop + 1 - first) > frames:
+                break
+            stop += 1
+        yield range(first, stop)
+        first = stop

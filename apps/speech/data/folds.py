@@ -19,7 +19,7 @@ def speaker_folds(utterances: Sequence[Utterance], count: int) -> np.ndarray:
     An utterance that names no speaker is as one of its own. One without a text is in no fold, ``NO_FOLD``.
 
     Raises:
-        UserError: fewer speakers than folds.
+        UserError: fewer speakers than folds, or one fold that holds nearly everything.
     """
     seconds: dict[str, float] = {}
     keys = [f"speaker {each.speaker}" if each.speaker else f"utterance {each.id}" for each in utterances]
@@ -35,6 +35,12 @@ def speaker_folds(utterances: Sequence[Utterance], count: int) -> np.ndarray:
     for key in sorted(seconds, key=lambda key: (-seconds[key], key)):
         fold = of_speaker[key] = int(held.argmin())
         held[fold] += seconds[key]
+    rest = held.sum() - held.max()
+    if rest < held.sum() * (1 - 1 / count) / 4:
+        raise UserError(
+            f"teacher.folds: one of {count} holds {held.max():.1f} s, its teacher would be trained on {rest:.1f} s; "
+            "wanted speakers who share the recordings more evenly"
+        )
     return np.array(
         [NO_FOLD if each.text is None else of_speaker[key] for key, each in zip(keys, utterances, strict=True)],
         np.int64,
