@@ -51,6 +51,14 @@ class AudioInfo:
     channels: int
 
 
+def is_beginning(duration: float, seconds: float) -> bool:
+    """Return whether a duration without an offset means the beginning of a longer file, of so many seconds.
+
+    Up to a tenth of a second is rounding, or a last block, and it means the whole file.
+    """
+    return duration < seconds - 0.1
+
+
 def audio_info(path: PathLike) -> AudioInfo:
     """Return what the header says; nothing is decoded.
 

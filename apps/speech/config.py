@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -54,7 +55,8 @@ class DataConfig:
         """The name of what is trained on, for a folder: ``an4``, ``an4+fsdd``."""
         first = next(iter(self.corpora), "data")
         names = [first] if isinstance(first, str) else first
-        return "+".join(dict.fromkeys(Path(name).name.split("@")[0].split(".")[0] for name in names))
+        stems = (re.sub(r"[*?\[\]{}]", "", Path(name).name.split("@")[0].split(".")[0]) for name in names)
+        return "+".join(dict.fromkeys(stems)) or "data"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apps.speech.config import ModelConfig
-from apps.speech.data.batches import padded
+from apps.speech.data.batches import neighbours, padded
 from apps.speech.data.store import FeatureStore
 from apps.speech.decode.greedy import greedy
 from apps.speech.distill import Lessons, SpeechStep, Utterances
@@ -27,9 +27,6 @@ from apps.speech.models.base import StreamingModel, output_lengths
 from apps.speech.units import Units
 from kdcore.teaching import Taps, Term, keep_rounded, round_weights
 from kdcore.trainer import Trainer, TrainerConfig
-
-# feature frames of a batch whose posteriors are asked for
-_FRAMES = 20_000
 
 
 @dataclass
@@ -86,14 +83,9 @@ def attention_targets(
 def all_log_probs(model: AcousticModel, store: FeatureStore) -> Iterator[tuple[int, np.ndarray]]:
     """Yield row and log-posteriors [T', C] of every utterance of a store, those of about one length together."""
     order = np.argsort(store.lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and int(store.lengths[order[stop]]) * (stop + 1 - start) <= _FRAMES:
-            stop += 1
-        rows = order[start:stop].tolist()
+    for places in neighbours(store.lengths[order], 0, len(order), count=len(order)):
+        rows = order[places.start : places.stop].tolist()
         yield from zip(rows, ask(model, [store[row] for row in rows])["log_probs"], strict=True)
-        start = stop
 
 
 def streaming_seconds(model: StreamingModel, features: Sequence[np.ndarray]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from apps.speech import fitting, knowledge
 from apps.speech.checks import check_config
@@ -180,9 +181,6 @@ class Pipeline:
         self, teachers: Sequence[tuple[Teacher, str]], seed: int | None, given: dict[str, dict[str, Any]]
     ) -> Lessons:
         wanted = knowledge.needs(given)
-        device = make_fabric(fitting.with_ctc(self.config.student.trainer)).device
-        for who, _ in teachers:
-            who.to(device)
         return teacher_lessons(
             teachers,
             self.prepared,
@@ -192,7 +190,13 @@ class Pipeline:
             layers=wanted.teacher_layers,
             n_best=wanted.n_best,
             cuts=wanted.cuts,
+            device=lambda: self._device,
         )
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Where the student is trained, and its teachers are asked."""
+        return make_fabric(fitting.with_ctc(self.config.student.trainer)).device
 
     # -- distill ---------------------------------------------------------------------------------------------------
 

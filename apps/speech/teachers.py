@@ -7,7 +7,7 @@ and said to be; ``teacher.combine: switched`` makes them of each by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,18 +176,29 @@ def view_lessons(
     layers: Sequence[str],
     attention: bool,
     classes: int,
+    device: Callable[[], torch.device],
     frame_ms: int = FRAME_MS,
 ) -> ViewLessons:
-    """Return what a teacher says of the training rows in a view, asked for in frames of ``frame_ms``."""
+    """Return what a teacher says of the training rows in a view, asked for in frames of ``frame_ms``.
+
+    ``device`` is called where it is asked; it is on no accelerator while others are trained there.
+    """
     parts = prepared.training_parts
     store = prepared.store(parts, view)
 
     def told(what: str, done: int, total: int) -> None:
         prepared.announce(f"{what} in view {view}: {done} of {total}")
 
+    def ask(rows: Sequence[int]) -> dict[str, list[np.ndarray]]:
+        teacher.to(device())
+        try:
+            return teacher.ask(prepared, parts, view, rows, layers=layers, attention=attention, frame_ms=frame_ms)
+        finally:
+            teacher.to(torch.device("cpu"))
+
     return ViewLessons(
         store.lengths,
-        lambda rows: teacher.ask(prepared, parts, view, rows, layers=layers, attention=attention, frame_ms=frame_ms),
+        ask,
         TeacherCache(cache),
         data=fingerprint(prepared.fingerprint, {"view": view}),
         teacher=teacher.fingerprint,
@@ -214,10 +225,11 @@ def teacher_lessons(
     layers: Sequence[str],
     n_best: NBest | None,
     cuts: Cuts | None,
+    device: Callable[[], torch.device] = lambda: torch.device("cpu"),
 ) -> TeacherLessons:
     """Return the lessons of (teacher, view it hears), one for each view of the student's.
 
-    Lists of hypotheses are made of the shortest frames a teacher has.
+    Lists of hypotheses are made of the shortest frames a teacher has. Teachers are asked on ``device()``.
     """
     if n_best is not None and any(who.mixed for who, _ in teachers):
         prepared.announce(
@@ -234,6 +246,7 @@ def teacher_lessons(
             layers=layers,
             attention=attention,
             classes=classes,
+            device=device,
             frame_ms=FRAME_MS if n_best is None else who.frame_ms,
         )
         for who, view in teachers

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +41,7 @@ _FRAME = SAMPLE_RATE // 50  # 20 ms
 _ACTIVE_DB = 30.0  # frames further below the loudest one are pauses
 _TALKERS = 6
 _LONGEST_RESPONSE = 5.0
-_TRIES = 20
+_TRIES = 200
 
 
 class Step(Protocol):
@@ -388,9 +388,16 @@ def _recordings(kind: str, folder: str) -> tuple[Path, ...]:
     files = tuple(sorted(each for each in root.rglob("*") if each.suffix.lower() in AUDIO_SUFFIXES and each.is_file()))
     if not files:
         raise UserError(f"view {kind}: {folder}: {'holds no audio files' if root.is_dir() else 'is no folder'}")
-    for each in files:
-        audio_info(each)  # what cannot be read is named now, and not when it is drawn
+    for each in files:  # what cannot be read is named now, and not when it is drawn
+        about = each.stat()
+        _readable(each, about.st_size, about.st_mtime_ns)
     return files
+
+
+@lru_cache(maxsize=1 << 17)
+def _readable(path: Path, size: int, changed: int) -> None:
+    """Raise UserError if a file has no header that can be read; each state of it is looked at once."""
+    audio_info(path)
 
 
 def parse_view(text: str) -> View:

@@ -22,12 +22,15 @@ def state(source: Path) -> str | None:
 def _files(source: Path) -> Iterator[tuple[str, int, int]]:
     """Yield name, bytes and time of the last change, in ns."""
     if source.is_dir():
-        waiting = [os.fspath(source)]
+        waiting, seen = [os.fspath(source)], {os.path.realpath(source)}
         while waiting:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):  # as corpora are read
-                        waiting.append(entry.path)
+                    if entry.is_dir():
+                        # a link may lead back
+                        if (real := os.path.realpath(entry.path)) not in seen:
+                            seen.add(real)
+                            waiting.append(entry.path)
                     elif entry.is_file():
                         yield _about(entry.path[len(os.fspath(source)) :], entry.stat())
         return

@@ -24,9 +24,12 @@ from apps.speech.data.utterance import STORED, Corpus, Utterance
 from kdcore.config import UserError, nearest
 from kdcore.run import read_json
 
-# what the parts are called by those who publish corpora; train_dev is for validation
-PARTS = {"train": ("train",), "valid": ("valid", "dev", "val", "validation"), "test": ("test", "eval")}
-_ORDER = ("valid", "test", "train")
+# what the parts are called by those who publish corpora
+PARTS = {
+    "train": ("train", "training", "tr"),
+    "valid": ("valid", "dev", "val", "validation", "devel", "development"),
+    "test": ("test", "eval", "testing", "evaluation", "tst", "devtest"),
+}
 _SELECTION = re.compile(r"@(\w+)(!?=)([^@]*)")
 _SELECTED = re.compile(r"(.*?)((?:@\w+!?=[^@]*)+)", re.DOTALL)
 Given = str | Sequence[str]
@@ -133,6 +136,8 @@ class Sources:
     def __init__(self, *, skip_bad: bool, several: bool) -> None:
         self.skip_bad, self.several = skip_bad, several
         self.sources: dict[Path, Source] = {}
+        # splits that are of no part
+        self.unused: list[str] = []
         self._corpora: dict[Path, Corpus] = {}
 
     def whole(self, given: Given) -> Corpus:
@@ -148,9 +153,11 @@ class Sources:
         found = []
         for text, corpus, selections in self._read(given):
             own = _parts(corpus)
-            if part in own:
+            if any(selection.field == "split" for selection in selections):
+                pass  # as it was named
+            elif part in own:
                 corpus = corpus.split(*own[part])
-            elif own and not any(selection.field == "split" for selection in selections):
+            elif own:
                 known = ", ".join(corpus.splits)
                 raise UserError(f"data.{part}: {text} has no split {part}, it has {known}; choose: {text}@split=NAME")
             found.append(corpus)
@@ -164,7 +171,9 @@ class Sources:
             taken = {name for names in own.values() for name in names}
             for part, names in own.items():
                 found[part].append(corpus.split(*names))
-            if "train" not in own:
+            if "train" in own:
+                self.unused += [name for name in corpus.splits if name not in taken]
+            else:
                 rest = corpus.select(lambda each, taken=taken: each.extra.get("split") not in taken)  # type: ignore[misc]
                 found["train"] += [rest] if len(rest) else []
         return {part: join(pieces) for part, pieces in found.items() if pieces}
@@ -188,7 +197,7 @@ class Sources:
         return _named(corpus, name) if self.several else corpus, selections
 
     def _new_name(self, path: Path) -> str:
-        name = path.resolve().name.split(".")[0].replace("*", "") or "corpus"
+        name = re.sub(r"[*?\[\]{}]", "", path.resolve().name.split(".")[0]) or "corpus"
         known = {source.name for source in self.sources.values()}
         return next(each for each in _numbered(name, len(known)) if each not in known)
 
@@ -207,15 +216,27 @@ def _simulated(about: Path) -> bool:
 
 
 def part_of(split: str) -> str | None:
-    """Return the part that a split is by its name, as ``train-clean-100`` or ``dev_manifest``; None for another."""
-    words = re.split(r"[-_. ]", split.lower())
-    return next((part for part in _ORDER if any(name in words for name in PARTS[part])), None)
+    """Return the part that a split is by its name, as ``train-clean-100`` or ``eval2000``; None for another.
+
+    The last word that names one counts: ``train_dev`` validates, and of Kaldi's names ``test_dev93`` does too. What
+    follows a ``no`` does not: ``train_no_dev`` trains.
+    """
+    words = re.sub(r"(?<![a-z])no[-_. ]?(dev|test|eval)(?![a-z])", "", split.lower())
+    of_word = {name: part for part, names in PARTS.items() for name in names}
+    found = [of_word[word] for word in re.findall(r"[a-z]+", words) if word in of_word]
+    return found[-1] if found else None
 
 
 def _parts(corpus: Corpus) -> dict[str, tuple[str, ...]]:
-    """Return the splits of a corpus for each part that has some."""
-    found = {part: tuple(name for name in corpus.splits if part_of(name) == part) for part in PARTS}
-    return {part: names for part, names in found.items() if names}
+    """Return the splits of a corpus for each part that has some: the one of just its name, or all of such names."""
+    found: dict[str, tuple[str, ...]] = {}
+    for part, names in PARTS.items():
+        known = corpus.splits
+        just = next((name for name in names if name in known), None)
+        splits = (just,) if just is not None else tuple(name for name in known if part_of(name) == part)
+        if splits:
+            found[part] = splits
+    return found
 
 
 def _named(corpus: Corpus, name: str) -> Corpus:

@@ -33,7 +33,6 @@ _LONGEST_FIELD = 1 << 17
 _PATTERN = re.compile(r"[*?[]")
 # shards of a range of numbers, as WebDataset names them
 _SPAN = re.compile(r"([^{}]*)\{(\d{1,9})\.\.(\d{1,9})\}([^{}]*)")
-_MOST_SHARDS = 1_000_000
 _SIDES = {"A": 0, "B": 1, "1": 0, "2": 1}
 _AN4 = ("train", "test")
 _AN4_TRANSCRIPT = re.compile(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\(([^()\s]+)\)")
@@ -66,9 +65,11 @@ def pattern_files(path: Path) -> list[Path]:
     """
     if (span := _SPAN.fullmatch(path.name)) is not None:
         before, first, last, after = span.groups()
-        width = len(first) if first.startswith("0") else 1
-        names = (f"{before}{number:0{width}}{after}" for number in range(int(first), int(last) + 1))
-        return [file for file in map(path.with_name, islice(names, _MOST_SHARDS)) if file.is_file()]
+        digits = rf"\d{{{len(first)}}}" if first.startswith("0") and len(first) > 1 else r"0|[1-9]\d*"
+        numbered = re.compile(rf"{re.escape(before)}({digits}){re.escape(after)}")
+        found = [(match, file) for file in path.parent.glob("*") if (match := numbered.fullmatch(file.name))]
+        within = [(int(match[1]), file) for match, file in found if int(first) <= int(match[1]) <= int(last)]
+        return [file for _, file in sorted(within) if file.is_file()]
     return sorted(path.parent.glob(path.name)) if _PATTERN.search(path.name) and "**" not in path.name else []
 
 
@@ -98,6 +99,8 @@ def detect_format(source: Path) -> str:
         return "an4"
     if next(_walk(source, (".trans.txt",)), None):
         return "librispeech"
+    if _manifests_of_nemo(source):
+        return "manifest"
     if next(_walk(source, AUDIO_SUFFIXES), None):
         return "folder"
     if any(source.glob("*.tar")):
@@ -118,18 +121,24 @@ def _walk(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """Return the manifests of a folder; those of NeMo's tools are named ``train_manifest.json``."""
-    found = {*folder.glob("*.jsonl"), *folder.glob("*manifest.json")}
-    return sorted(each for each in found if each.is_file())
+    return sorted(each for each in folder.glob("*.jsonl") if each.is_file())
+
+
+def _manifests_of_nemo(folder: Path) -> list[Path]:
+    """Return the files ``train_manifest.json`` and so on that hold rows of audio; none beside shards."""
+    found = [each for each in sorted(folder.glob("*manifest.json")) if each.is_file()]
+    if any(folder.glob("*.tar")):
+        return []
+    return [each for each in found if isinstance(row := next(manifest_rows(each), None), Row) and row.values["audio"]]
 
 
 def _manifest(source: Path) -> Iterator[Row | BadRow]:
     if source.is_file():
         yield from manifest_rows(source)
         return
-    files = _manifests(source)
+    files = _manifests(source) or _manifests_of_nemo(source)
     if not files:
-        raise UserError(f"{source}: holds no *.jsonl and no *manifest.json")
+        raise UserError(f"{source}: holds no *.jsonl and no *manifest.json with rows of audio")
     for file in files:
         yield from _of_split(manifest_rows(file), file.stem if len(files) > 1 else None)
 
@@ -338,6 +347,7 @@ def _kaldi(source: Path) -> Iterator[Row | BadRow]:
     segments, sides = (_mapping(source / name, bad) for name in ("segments", "reco2file_and_channel"))
     yield from bad
     utterances = recordings if segments is None else segments
+    channels: dict[str, int] = {}
     for name, (number, value) in (utterances or {}).items():
         file = source / ("wav.scp" if segments is None else "segments")
         where = f"{file}: row {number}"
@@ -345,7 +355,7 @@ def _kaldi(source: Path) -> Iterator[Row | BadRow]:
             values: dict[str, Any] = _segment(where, value) if segments is not None else {"audio": name}
             recording = values["audio"]
             values["audio"] = _recording(source, where, recording, recordings or {})
-            extra = _side(source, recording, values["audio"], sides or {})
+            extra = _side(source, recording, values["audio"], sides or {}, channels)
             if texts is not None and name not in texts:
                 raise BadRow("no transcript", f"{where}: {name} is not in {source / 'text'}")
             if durations is not None and name in durations and segments is None:
@@ -395,20 +405,25 @@ def _recording(source: Path, where: str, name: str, recordings: dict[str, tuple[
     return audio
 
 
-def _side(source: Path, recording: str, audio: str, sides: dict[str, tuple[int, str]]) -> dict[str, int]:
-    """Return the channel of a recording, A or 1 the first; none where its file has one."""
+def _side(
+    source: Path, recording: str, audio: str, sides: dict[str, tuple[int, str]], channels: dict[str, int]
+) -> dict[str, int]:
+    """Return the channel of a recording, A or 1 the first; none where its file has one (kept in ``channels``)."""
     if recording not in sides:
+        return {}
+    if audio not in channels:
+        try:
+            channels[audio] = audio_info(source / audio).channels
+        except UserError:
+            channels[audio] = 1  # whoever reads it says what is wrong
+    if channels[audio] == 1:
         return {}
     number, value = sides[recording]
     side = (value.split() or [""])[-1].upper()
     if side not in _SIDES:
         where = f"{source / 'reco2file_and_channel'}: row {number}"
         raise BadRow("unreadable row", f"{where}: got {side[:20]!r}, wanted a channel, {' or '.join(_SIDES)}")
-    try:
-        several = audio_info(source / audio).channels > 1
-    except UserError:
-        return {}  # whoever reads it says what is wrong
-    return {"channel": _SIDES[side]} if several else {}
+    return {"channel": _SIDES[side]}
 
 
 def _segment(where: str, value: str) -> dict[str, Any]:
@@ -433,6 +448,8 @@ def _folder(source: Path) -> Iterator[Row | BadRow]:
     _wanted_folder(source, "folder")
     for audio in _walk(source, (*AUDIO_SUFFIXES, *_OTHER_AUDIO)):
         if audio.suffix.lower() in _OTHER_AUDIO:
+            if _beside(audio.parent, audio.stem) is not None:
+                continue  # what was made of it is read
             yield BadRow("audio of another kind", f"{audio}: {audio.suffix} is not read; wanted wav, flac, ogg or mp3")
             continue
         below = audio.relative_to(source)

@@ -68,6 +68,8 @@ def collect(rows: Iterator[Row | BadRow], folder: Path, source: Path, skip_bad: 
         utterances.append(utterance)
     if not utterances:
         why = ", ".join(f"{count} {reason}" for reason, count in tally.counts.items())
+        first = next((problem for each in tally.left_out for problem in each.problems), "")
+        why += f": {first}" if first else ""
         raise UserError(f"{source}: holds no utterance" + (f" that can be used ({why})" if why else ""))
     return Corpus(tuple(utterances), folder, tally.left_out)
 

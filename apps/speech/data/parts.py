@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from apps.speech.audio import examine
+from apps.speech.audio import examine, is_beginning
 from apps.speech.config import DataConfig
 from apps.speech.data.corpora import PARTS, Source, Sources, part_of, refuse_shared
 from apps.speech.data.utterance import (
@@ -16,7 +16,6 @@ from apps.speech.data.utterance import (
     Tally,
     Utterance,
     by_reason,
-    differs,
     hold_out_speakers,
     impossible,
     loaded,
@@ -94,6 +93,7 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
             found[part] = sources.part(given, part)
     if "train" not in found:
         raise UserError("wanted --data NAME or PATH that has recordings to train on, or data.train and data.test")
+    _announce_splits(found, sources, announce)
     for part, count in (("test", config.test_speakers), ("valid", config.valid_speakers)):
         if part not in found:
             found["train"], found[part] = hold_out_speakers(found["train"], count=count, seed=config.split_seed)
@@ -101,14 +101,21 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
     if config.unlabelled is not None:
         corpus = sources.whole(config.unlabelled)
         found["unlabelled"] = replace(corpus, utterances=tuple(replace(u, text=None) for u in corpus.utterances))
-        refuse_shared(found, ["unlabelled", "valid", "test"])
-    for part, corpus in found.items():
-        if any(name not in PARTS.get(part, ()) for name in corpus.splits):
-            announce(f"{part}: {', '.join(corpus.splits)}")
+        judged = {part: found[part].select(lambda each: each.text is not None) for part in ("valid", "test")}
+        refuse_shared({**judged, "unlabelled": corpus}, ["unlabelled", "valid", "test"])
     found, unplaced = _placed(found)
     notes: dict[str, dict[str, list[str]]] = {}
     read = {part: _readable(part, corpus, config, announce, notes) for part, corpus in found.items()}
     return Parts(read, tuple(sources.sources.values()), notes, unplaced)
+
+
+def _announce_splits(parts: dict[str, Corpus], sources: Sources, announce: Announce) -> None:
+    """Say which splits the parts are, where their names do not say it, and which are of none."""
+    for part, corpus in parts.items():
+        if corpus.splits not in ((), (part,)):
+            announce(f"{part}: {', '.join(corpus.splits)}")
+    if sources.unused:
+        announce(f"not used: {', '.join(sources.unused)} (--train, --valid or --test CORPUS@split=NAME would)")
 
 
 def _placed(corpora: dict[str, Corpus]) -> tuple[dict[str, Corpus], tuple[LeftOut, ...]]:
@@ -149,8 +156,10 @@ def _readable(
         for problem in examine(samples):
             kind = problem.partition(" (")[0].partition(" of ")[0]
             notes.setdefault(part, {}).setdefault(kind, []).append(utterance.id)
-        if differs(utterance.duration, len(samples) / 16_000):
+        if is_beginning(1.02 * len(samples) / 16_000, utterance.duration):  # but for what an mp3's header estimates
             notes.setdefault(part, {}).setdefault("shorter than its duration says", []).append(utterance.id)
+        if corpus.begins(utterance):
+            notes.setdefault(part, {}).setdefault("longer than its duration says", []).append(utterance.id)
         kept.append(replace(utterance, text=text, duration=len(samples) / 16_000))
         if done % 200 == 0 or done == len(corpus):
             announce(f"{part}: read {done} of {len(corpus)}")

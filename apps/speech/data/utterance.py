@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apps.speech.audio import decode_audio, read_audio
+from apps.speech.audio import audio_info, decode_audio, is_beginning, read_audio
 from apps.speech.features import FEATURE_SHIFT_MS, SAMPLE_RATE
 from apps.speech.text import TextRules
 from apps.speech.units import Units, needed_frames
@@ -108,9 +108,10 @@ class Corpus:
         Raises:
             UserError: there is no such split; it names those that are there.
         """
+        known = self.splits
         for name in names:
-            if name not in self.splits:
-                raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(self.splits) or 'none'}")
+            if name not in known:
+                raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(known) or 'none'}")
         left_out = tuple(each for each in self.left_out if each.split in (*names, None))
         return replace(self.select(lambda each: each.extra.get("split") in names), left_out=left_out)
 
@@ -134,24 +135,22 @@ class Corpus:
     def load(self, utterance: Utterance) -> np.ndarray:
         """Return the samples float32 [n] of an utterance at 16 kHz; errors as ``read_audio``.
 
-        Without an offset it is the whole file, or, where that is much longer than ``duration``, its beginning.
+        Without an offset it is the whole file, or its beginning where that is longer than ``duration``.
         """
         if STORED[1] in utterance.extra:
             return _stored(self.path(utterance), utterance)
         channel = utterance.extra.get("channel")
         number = channel if isinstance(channel, int) else "mix"
         offset = utterance.extra.get("offset")
-        if offset is not None:
-            return read_audio(self.path(utterance), channel=number, start=offset, seconds=utterance.duration)
-        samples = read_audio(self.path(utterance), channel=number)
-        if differs(len(samples) / SAMPLE_RATE, utterance.duration):
-            samples = samples[: max(1, round(utterance.duration * SAMPLE_RATE))]
-        return samples
+        if offset is None and not self.begins(utterance):
+            return read_audio(self.path(utterance), channel=number)
+        return read_audio(self.path(utterance), channel=number, start=offset or 0.0, seconds=utterance.duration)
 
-
-def differs(longer: float, shorter: float) -> bool:
-    """Return whether seconds are more than others by what rounding and codecs do not explain."""
-    return longer > 1.02 * shorter + 0.5
+    def begins(self, utterance: Utterance) -> bool:
+        """Return whether an utterance is the beginning of a longer file, by its duration alone; errors as ``load``."""
+        if STORED[1] in utterance.extra or "offset" in utterance.extra:
+            return False
+        return is_beginning(utterance.duration, audio_info(self.path(utterance)).seconds)
 
 
 def utterance_at(corpora: Sequence[Corpus], row: int) -> tuple[Corpus, Utterance]:

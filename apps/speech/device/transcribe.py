@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from apps.speech.audio import Examination, audio_info, blocks
+from apps.speech.audio import Examination, audio_info, blocks, is_beginning
 from apps.speech.decode.words import Word
 from apps.speech.device.pcm import Pcm
 from apps.speech.features import SAMPLE_RATE
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 # files that wait for each process, so that a slow one does not hold the others up
 _AHEAD = 8
 _BLOCK_SECONDS = 8.0
-# what a manifest's duration may fall short of the file and still mean the whole: rounding, a last block
-_SAME_SECONDS = 0.05
 
 Key = tuple[str, float | None, float | None, int | str, str | None]
 
@@ -236,7 +234,7 @@ def _item(row: Row, utterance: Utterance, folder: Path) -> Item | UserError:
     duration = None if row.values["duration"] is None else utterance.duration
     if offset is None and duration is not None:
         try:
-            shorter = duration < audio_info(path).seconds - _SAME_SECONDS
+            shorter = is_beginning(duration, audio_info(path).seconds)
         except UserError as error:
             return error
         offset, duration = (0.0, duration) if shorter else (None, None)

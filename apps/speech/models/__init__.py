@@ -61,7 +61,7 @@ def model_options(kind: str, options: Mapping[str, Any]) -> Any:
     if size is not None and size not in sizes:
         raise UserError(f"options.size: {kind} has no size {size!r}, {nearest(str(size), sizes)}")
     of_size = dict(sizes.get(size, {}))
-    if given.get("cell") == "gru" and size in _GRU_HIDDEN:
+    if kind == ConvRnn.kind and given.get("cell") == "gru" and size in _GRU_HIDDEN:
         of_size["hidden"] = _GRU_HIDDEN[size]
     return build(KINDS[kind][1], {**of_size, **given}, "options")
 

@@ -47,8 +47,41 @@ def test_splits_are_parts_by_their_names(tmp_path: Path) -> None:
     assert ids(parts) == {"train": ["r", "q"], "valid": ["s"], "test": ["t", "u"]}
     assert "train: train-clean-100, train_other" in said and "test: test-clean, test-other" in said
     assert ids(read(path=str(folder), test=f"{folder}@split=test-clean"))["test"] == ["t"]
-    known = ["train", "dev_manifest", "an4-test", "train_dev", "Eval2000", "eval-92", "latest", "validated", "other"]
-    assert list(map(part_of, known)) == ["train", "valid", "test", "valid", None, "test", None, None, None]
+    # a split that is named is taken as it is, and what is of no part is said
+    named = {"train": "train-clean-100", "valid": "train_other", "test": "test-clean,dev-clean"}
+    both = read(**{part: f"{folder}@split={splits}" for part, splits in named.items()})
+    assert ids(both)["test"] == ["s", "t"] and ids(both)["valid"] == ["q"]
+    other = corpus(
+        tmp_path / "d", {"train_nodup": [("a", "a"), ("b", "b")], "eval1": [("c", "c")], "extra": [("d", "d")]}
+    )
+    said.clear()
+    parts = read_parts(DataConfig(path=str(other), valid_speakers=1), said.append)
+    assert (
+        ids(parts)["test"] == ["c"] and "not used: extra (--train, --valid or --test CORPUS@split=NAME would)" in said
+    )
+    assert not any(line.startswith("valid: train_nodup") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [
+        (
+            "train train-clean-100 train.clean.100 train_960 tr_no_dev train_nodev train_si284 valid_train_en TRAIN",
+            "train",
+        ),
+        ("dev dev_manifest train_dev dev-other valid_dev_en test_dev93 validation dev93 Development", "valid"),
+        ("test an4-test eval1 eval-92 Eval2000 test_eval92 valid_test_en testing tst-COMMON", "test"),
+        ("latest validated other contrast extra trainer invalidated", None),
+    ],
+)
+def test_parts_of_the_names_that_corpora_have(names: str, part: str | None) -> None:
+    assert {name: part_of(name) for name in names.split()} == dict.fromkeys(names.split(), part)
+
+
+def test_a_split_of_just_the_name_goes_before_others(tmp_path: Path) -> None:
+    splits = {"train": "a", "train_noisy": "b", "dev": "c", "test": "d", "test_noisy": "e"}
+    folder = corpus(tmp_path / "c", {split: [(speaker, speaker)] for split, speaker in splits.items()})
+    assert ids(read(path=str(folder))) == {"train": ["a"], "valid": ["c"], "test": ["d"]}
 
 
 def test_what_is_tested_with_is_not_heard_without_its_text_either(both: tuple[Path, Path]) -> None:

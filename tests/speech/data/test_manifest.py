@@ -32,7 +32,7 @@ def manifest(folder: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_a_duration_without_an_offset_is_the_beginning_of_a_longer_file(tmp_path: Path, stereo: np.ndarray) -> None:
-    corpus = read_corpus(manifest(tmp_path, {"duration": 0.5, "id": "a"}, {"duration": 1.9, "id": "b"}, {"id": "c"}))
+    corpus = read_corpus(manifest(tmp_path, {"duration": 0.5, "id": "a"}, {"duration": 1.95, "id": "b"}, {"id": "c"}))
     heard = [corpus.load(each) for each in corpus.utterances]
     # what rounding explains is no part
     assert [len(each) for each in heard] == [8_000, 32_000, 32_000]
@@ -74,6 +74,7 @@ def test_other_audio_and_long_texts_of_a_folder_are_named_and_counted(tmp_path: 
     (tmp_path / "long.txt").write_text("word\n" * 1000)
     with pytest.raises(UserError, match=r"talk\.m4a: \.m4a is not read; wanted wav"):
         read_corpus(tmp_path)
+    (tmp_path / "st.mp4").write_bytes(b"what st.wav was made of")
     corpus = read_corpus(tmp_path, skip_bad=True)
     assert [each.id for each in corpus.utterances] == ["long", "st"] and corpus.counts == {"audio of another kind": 1}
     assert len((corpus.utterances[0].text or "").split()) == 1000
@@ -82,7 +83,7 @@ def test_other_audio_and_long_texts_of_a_folder_are_named_and_counted(tmp_path: 
 def test_sides_of_kaldi_recordings_are_channels_where_a_file_has_several(tmp_path: Path, stereo: np.ndarray) -> None:
     soundfile.write(tmp_path / "mono.wav", TIME[:8000], 16_000)
     (tmp_path / "wav.scp").write_text("a st.wav\nb st.wav\nm mono.wav\n")
-    (tmp_path / "reco2file_and_channel").write_text("a st A\nb st B\nm mono B\n")
+    (tmp_path / "reco2file_and_channel").write_text("a st A\nb st B\nm mono L\n")
     corpus = read_corpus(tmp_path)
     assert [each.extra for each in corpus.utterances] == [{"channel": 0}, {"channel": 1}, {}]
     np.testing.assert_allclose(corpus.load(corpus.utterances[1]), stereo[:, 1], atol=1e-6)
@@ -91,7 +92,9 @@ def test_sides_of_kaldi_recordings_are_channels_where_a_file_has_several(tmp_pat
         read_corpus(tmp_path)
 
 
-def test_manifests_of_nemo_are_splits(tmp_path: Path, stereo: np.ndarray) -> None:
+def test_manifests_of_nemo_are_splits_and_others_are_none(tmp_path: Path, stereo: np.ndarray) -> None:
+    (tmp_path / "manifest.json").write_text('{\n  "files": 1\n}\n')
+    assert [each.id for each in read_corpus(tmp_path).utterances] == ["st"]
     for split in ("train", "dev"):
         manifest(tmp_path, {"id": split}).rename(tmp_path / f"{split}_manifest.json")
     assert read_corpus(tmp_path).splits == ("dev_manifest", "train_manifest")
