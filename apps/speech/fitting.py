@@ -187,12 +187,6 @@ def fit_model(
     model.cpu()
     if rounded:
         keep_rounded(model)
-    seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
-    return Fitted(
-        model.eval(),
-        max(seconds, result.seconds),
-        max(cpu, result.cpu_seconds),
-        result.epochs,
-        result.steps,
-        result.best_metrics,
-    )
+    seconds = max(time.perf_counter() - started[0], result.seconds)
+    cpu_seconds = max(time.process_time() - started[1], result.cpu_seconds)
+    return Fitted(model.eval(), seconds, cpu_seconds, result.epochs, result.steps, result.best_metrics)
