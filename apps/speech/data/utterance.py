@@ -285,9 +285,10 @@ def hold_out_speakers(
         raise ValueError(f"count, share: got {count}, {share}, wanted one of them")
     speakers = sorted({each.speaker for each in corpus.utterances})
     if "" in speakers:
-        unnamed = next(each.id for each in corpus.utterances if not each.speaker)
+        unnamed = next(each for each in corpus.utterances if not each.speaker)
         raise UserError(
-            f"{corpus.folder}: utterance {unnamed} names no speaker; speakers cannot be held out: {_NAME_PARTS}"
+            f"{corpus.path(unnamed)}: utterance {unnamed.id} names no speaker; "
+            f"speakers cannot be held out: {_NAME_PARTS}"
         )
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share: got {share}, wanted between 0 and 1")
