@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from apps.speech.augment import Augment
+from apps.speech.data.corpora import short_name
 from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER
 from apps.speech.distill import Optimization
 from apps.speech.text import TextRules
@@ -55,8 +55,7 @@ class DataConfig:
         """The name of what is trained on, for a folder: ``an4``, ``an4+fsdd``."""
         first = next(iter(self.corpora), "data")
         names = [first] if isinstance(first, str) else first
-        stems = (re.sub(r"[*?\[\]{}]", "", Path(name).name.split("@")[0].split(".")[0]) for name in names)
-        return "+".join(dict.fromkeys(stems)) or "data"
+        return "+".join(dict.fromkeys(short_name(Path(name)) for name in names)) or "data"
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,14 @@ class Sources:
         return _named(corpus, name) if self.several else corpus, selections
 
     def _new_name(self, path: Path) -> str:
-        name = re.sub(r"[*?\[\]{}]", "", path.resolve().name.split(".")[0]) or "corpus"
+        name = short_name(path.resolve()) or "corpus"
         known = {source.name for source in self.sources.values()}
         return next(each for each in _numbered(name, len(known)) if each not in known)
+
+
+def short_name(path: Path) -> str:
+    """Return what a corpus is called by its path: without what is selected, suffixes and the signs of a pattern."""
+    return re.sub(r"[*?\[\]{}]", "", path.name.split("@")[0].split(".")[0])
 
 
 def _numbered(name: str, count: int) -> list[str]:
@@ -230,8 +235,8 @@ def part_of(split: str) -> str | None:
 def _parts(corpus: Corpus) -> dict[str, tuple[str, ...]]:
     """Return the splits of a corpus for each part that has some: the one of just its name, or all of such names."""
     found: dict[str, tuple[str, ...]] = {}
+    known = corpus.splits
     for part, names in PARTS.items():
-        known = corpus.splits
         just = next((name for name in names if name in known), None)
         splits = (just,) if just is not None else tuple(name for name in known if part_of(name) == part)
         if splits:

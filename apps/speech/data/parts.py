@@ -114,8 +114,9 @@ def _announce_splits(parts: dict[str, Corpus], sources: Sources, announce: Annou
     for part, corpus in parts.items():
         if corpus.splits not in ((), (part,)):
             announce(f"{part}: {', '.join(corpus.splits)}")
-    if sources.unused:
-        announce(f"not used: {', '.join(sources.unused)} (--train, --valid or --test CORPUS@split=NAME would)")
+    used = {name for corpus in parts.values() for name in corpus.splits}
+    if unused := [name for name in dict.fromkeys(sources.unused) if name not in used]:
+        announce(f"not used: {', '.join(unused)} (--train, --valid or --test CORPUS@split=NAME would)")
 
 
 def _placed(corpora: dict[str, Corpus]) -> tuple[dict[str, Corpus], tuple[LeftOut, ...]]:
