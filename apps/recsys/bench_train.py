@@ -31,7 +31,8 @@ from apps.recsys.models.factors import LightGCN
 from kdcore.config import UserError, resolved
 from kdcore.progress import Announcer
 from kdcore.run import write_text
-from kdcore.trainer import Trainer, TrainerConfig
+from kdcore.trainer import Trainer
+from kdcore.trainer_config import TrainerConfig
 
 METRICS = ("ndcg@10", "hr@10")
 SEEDS = (0, 1, 2)

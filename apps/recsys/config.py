@@ -11,7 +11,7 @@ from apps.recsys.distill import Optimization
 from apps.recsys.models.store import model_options
 from kdcore.config import UserError, build, resolved
 from kdcore.recipes import Recipes
-from kdcore.trainer import TrainerConfig
+from kdcore.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from apps.speech.text import TextRules
 from kdcore.config import UserError, build, resolved
 from kdcore.recipes import Recipes
 from kdcore.teaching import Schedule
-from kdcore.trainer import TrainerConfig
+from kdcore.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True)

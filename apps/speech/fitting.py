@@ -26,7 +26,8 @@ from apps.speech.models.attention import AttentionCtc
 from apps.speech.models.base import StreamingModel, output_lengths
 from apps.speech.units import Units
 from kdcore.teaching import Taps, Term, keep_rounded, round_weights
-from kdcore.trainer import Trainer, TrainerConfig
+from kdcore.trainer import Trainer
+from kdcore.trainer_config import TrainerConfig
 
 
 @dataclass

@@ -16,7 +16,8 @@ from benchmarks.forms.networks import STUDENT, TEACHER, Network, accuracy, netwo
 from kdcore.run import atomic_path
 from kdcore.teaching import DistillationStep, Learning, Schedule, Taps, Term, labels_term
 from kdcore.teaching.step import frozen
-from kdcore.trainer import TeachingStep, Trainer, TrainerConfig
+from kdcore.trainer import TeachingStep, Trainer
+from kdcore.trainer_config import TrainerConfig
 
 TAPS = {
     "block1": "block1",

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from kdcore import checkpoint, trainer
 from kdcore.run import EventLog, write_json
-from kdcore.trainer import Batch, TeachingStep, Trainer, TrainerConfig, iterate_rows
+from kdcore.trainer import Batch, TeachingStep, Trainer, iterate_rows
+from kdcore.trainer_config import TrainerConfig
 
 
 class Student(nn.Module):

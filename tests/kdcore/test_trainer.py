@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kdcore.checkpoint import load_state, save_state
 from kdcore.config import UserError
 from kdcore.run import read_log
-from kdcore.trainer import Batch, TeachingStep, Trainer, TrainerConfig, iterate_rows
+from kdcore.trainer import Batch, TeachingStep, Trainer, iterate_rows
+from kdcore.trainer_config import TrainerConfig
 from tests.kdcore.kill_server import ToyStep
 
 

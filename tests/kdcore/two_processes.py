@@ -15,7 +15,8 @@ from torch import Tensor
 from kdcore import processes
 from kdcore.checkpoint import save_state
 from kdcore.run import write_json
-from kdcore.trainer import Batch, Trainer, TrainerConfig
+from kdcore.trainer import Batch, Trainer
+from kdcore.trainer_config import TrainerConfig
 from tests.kdcore.test_trainer import LinearStep
 
 # thirteen rows in batches of four: the last batch has one row, so one of two processes has none

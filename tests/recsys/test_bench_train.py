@@ -12,7 +12,7 @@ from apps.recsys.bench_train import CASES, Case, compare, run
 from apps.recsys.config import ModelConfig
 from apps.recsys.distill import Optimization
 from kdcore.config import UserError
-from kdcore.trainer import TrainerConfig
+from kdcore.trainer_config import TrainerConfig
 from tests.recsys.made import split
 
 PEER_NDCG = 0.01

@@ -18,7 +18,7 @@ from apps.recsys.knowledge import KNOWLEDGE
 from apps.recsys.models.factors import MatrixFactorization
 from apps.recsys.models.linear import Ease, EaseOptions, IalsOptions, fit_ials
 from kdcore.config import UserError
-from kdcore.trainer import TrainerConfig
+from kdcore.trainer_config import TrainerConfig
 from tests.recsys.made import Table, factors, histories, history_of, lessons, split
 
 SPLIT = split(16, 24, longest=12)

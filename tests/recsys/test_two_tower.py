@@ -30,7 +30,7 @@ from apps.recsys.recommend import recommend
 from apps.recsys.runtime import ExportedRecommender
 from apps.recsys.topk import inference
 from kdcore.config import UserError
-from kdcore.trainer import TrainerConfig
+from kdcore.trainer_config import TrainerConfig
 from tests.recsys import made
 from tests.recsys.tiny_run import make_run
 

@@ -19,7 +19,8 @@ from apps.speech.fitting import all_log_probs
 from apps.speech.models import AcousticModel, new_model
 from kdcore.checkpoint import load_state
 from kdcore.teaching import Term
-from kdcore.trainer import Trainer, TrainerConfig
+from kdcore.trainer import Trainer
+from kdcore.trainer_config import TrainerConfig
 from tests.speech.made import BLANK, SYMBOLS, store, utterances
 
 TINY = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcore.teaching import Learning
-from kdcore.trainer import FitResult, TeachingStep, Trainer, TrainerConfig
+from kdcore.trainer import FitResult, TeachingStep, Trainer
+from kdcore.trainer_config import TrainerConfig
 
 FAST = Learning(batch_size=16, learning_rate=0.02)
 WIDTH = 4

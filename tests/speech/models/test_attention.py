@@ -10,7 +10,8 @@ from apps.speech.distill import Optimization, SpeechStep
 from apps.speech.fitting import ask, attention_targets
 from apps.speech.models import new_model
 from apps.speech.models.attention import AttentionCtc
-from kdcore.trainer import Trainer, TrainerConfig
+from kdcore.trainer import Trainer
+from kdcore.trainer_config import TrainerConfig
 from tests.speech.made import SYMBOLS, store, utterances
 
 TINY = {
