@@ -101,7 +101,7 @@ def _step(pipeline: Pipeline, config: SpeechConfig, knowledge: Mapping[str, Mapp
             n_best=wanted.n_best,
             cuts=wanted.cuts,
         )
-        pair = Pair(model.classes - 1, model.width, teacher.width)
+        pair = Pair(model.classes - 1, model, teacher)
         given = [term for name, options in knowledge.items() for term in terms(name, options, 1.0, pair)]
     return SpeechStep(
         model,

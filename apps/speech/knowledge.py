@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from apps.speech.hints import DelayedAttention, DelayedHint
 from apps.speech.lessons import Cuts, NBest
-from apps.speech.models.base import FRAME_MS
+from apps.speech.models.base import ATTENTION, FRAME_MS, OUTPUT
 from kdcore import losses
 from kdcore.config import UserError, build, nearest
 from kdcore.losses.contract import Reduction
@@ -150,6 +150,8 @@ class LayersOptions:
     delay: int = 0
     # epochs after which the next pair begins to count, so that lower layers come first; 0: all from the start
     progress: int = 0
+    # the weight of where the blocks attend to, as a share of that of their outputs; 0: outputs alone
+    attention: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.student or len(self.student) != len(self.teacher):
@@ -158,6 +160,8 @@ class LayersOptions:
             raise ValueError(f"layers: wanted blocks counted from 0, got {self.student}, {self.teacher}")
         _check_least(self, 0, "progress")
         _check_delay(self.delay)
+        if not (math.isfinite(self.attention) and self.attention >= 0):
+            raise ValueError(f"attention: got {self.attention}, wanted a finite share >= 0")
 
 
 @dataclass(frozen=True)
@@ -173,28 +177,6 @@ class Need:
     cuts: Cuts | None = None
 
 
-class DelayedHint(nn.Module):
-    """Mean over frames of half the squared distance of a projection of the student's frame to the teacher's.
-
-    Reference: Romero et al., FitNets, 2015; with the delay of a streaming student.
-    """
-
-    def __init__(self, student: int, teacher: int, delay: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(student, teacher)
-        self.delay = delay
-
-    def forward(self, student: Tensor, teacher: Tensor, lengths: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Return the loss of frames [B, T, D] and [B, T, E]; lengths int64 [B]. An utterance in the delay counts 0."""
-        # a layer may have some beyond the longest; none are left where no utterance outlasts the delay
-        frames = max(min(student.shape[1] - self.delay, teacher.shape[1]), 0)
-        late = student[:, self.delay : self.delay + frames]
-        counted = torch.arange(frames, device=lengths.device) < (lengths - self.delay)[:, None]
-        apart = (self.project(late) - teacher[:, :frames]).pow(2).mean(2) / 2
-        rows = apart.masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp(min=1)
-        return rows.sum() if reduction == "sum" else rows.mean()
-
-
 def delayed_spikes(
     student: Tensor, teacher: Tensor, lengths: Tensor, *, delay: int, reduction: Reduction = "mean", **options: Any
 ) -> Tensor:
@@ -206,17 +188,27 @@ def delayed_spikes(
 
 # of a term: the same in every epoch, or not
 Weight = float | Schedule
-# the width of a layer, by its path
-Width = Callable[[str], int]
+
+
+class Layered(Protocol):
+    """A student or a teacher whose layers are compared."""
+
+    def width(self, layer: str) -> int:
+        """Return the width of a layer, by its path."""
+        ...
+
+    def heads(self) -> int:
+        """Return how many heads its attention has."""
+        ...
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What terms are made for: the blank, and the widths of the student's and the teacher's layers."""
+    """What terms are made for: the blank, and the two that are compared."""
 
     blank: int
-    student: Width
-    teacher: Width
+    student: Layered
+    teacher: Layered
 
 
 @dataclass(frozen=True)
@@ -252,38 +244,48 @@ def _guided(options: GuidedOptions, weight: Weight, pair: Pair) -> list[Term]:
     return [Term("guided", partial(delayed_spikes, delay=options.delay), {}, given, weight)]
 
 
-def _hinted(name: str, student: str, teacher: str, delay: int, weight: Weight, pair: Pair) -> Term:
-    loss = DelayedHint(pair.student(student), pair.teacher(teacher), delay)
-    return Term(name, loss, {"student": f"student.{student}", "teacher": f"teacher.{teacher}"}, {}, weight)
+def _compared(name: str, loss: nn.Module, layers: tuple[str, str], weight: Weight) -> Term:
+    """Return the term of a loss between a layer of the student's and one of the teacher's."""
+    return Term(name, loss, {"student": f"student.{layers[0]}", "teacher": f"teacher.{layers[1]}"}, {}, weight)
+
+
+def _hinted(name: str, layers: tuple[str, str], delay: int, weight: Weight, pair: Pair) -> Term:
+    loss = DelayedHint(pair.student.width(layers[0]), pair.teacher.width(layers[1]), delay)
+    return _compared(name, loss, layers, weight)
 
 
 def _hint(options: HintOptions, weight: Weight, pair: Pair) -> list[Term]:
-    return [_hinted("hint", "encoder", "encoder", options.delay, weight, pair)]
+    return [_hinted("hint", ("encoder", "encoder"), options.delay, weight, pair)]
 
 
 def _layers(options: LayersOptions, weight: Weight, pair: Pair) -> list[Term]:
-    return [
-        _hinted(
-            f"layers_{place}",
-            f"blocks.{own}.norm",
-            f"blocks.{theirs}.norm",
-            options.delay,
-            _later(weight, place * options.progress),
-            pair,
-        )
-        for place, (own, theirs) in enumerate(zip(options.student, options.teacher, strict=True))
-    ]
+    found = []
+    for place, (own, theirs) in enumerate(zip(options.student, options.teacher, strict=True)):
+        begun = _later(weight, place * options.progress)
+        outputs = f"blocks.{own}.{OUTPUT}", f"blocks.{theirs}.{OUTPUT}"
+        found.append(_hinted(f"layers_{place}", outputs, options.delay, begun, pair))
+        if options.attention:
+            loss = DelayedAttention(pair.student.heads(), pair.teacher.heads(), options.delay)
+            attention = f"blocks.{own}.{ATTENTION}", f"blocks.{theirs}.{ATTENTION}"
+            found.append(_compared(f"layers_{place}_attention", loss, attention, _share(begun, options.attention)))
+    return found
 
 
-def _later(weight: Weight, epoch: int) -> Weight:
+def _later(weight: Weight, epoch: int) -> Schedule:
     """Return a weight that is 0 before an epoch."""
     if isinstance(weight, Schedule):
         return replace(weight, delay=weight.delay + epoch)
     return Schedule(weight, delay=epoch)
 
 
-def _blocks(numbers: Sequence[int]) -> tuple[str, ...]:
-    return tuple(f"blocks.{number}.norm" for number in numbers)
+def _share(weight: Schedule, share: float) -> Schedule:
+    """Return a share of a weight."""
+    return replace(weight, start=weight.start * share, end=None if weight.end is None else weight.end * share)
+
+
+def _blocks(numbers: Sequence[int], options: LayersOptions) -> tuple[str, ...]:
+    parts = (OUTPUT, ATTENTION) if options.attention else (OUTPUT,)
+    return tuple(f"blocks.{number}.{part}" for number in numbers for part in parts)
 
 
 KNOWLEDGE: dict[str, Kind] = {
@@ -301,7 +303,9 @@ KNOWLEDGE: dict[str, Kind] = {
     "hint": Kind(HintOptions, lambda options: Need(student_layers=("encoder",), teacher_layers=("encoder",)), _hint),
     "layers": Kind(
         LayersOptions,
-        lambda options: Need(student_layers=_blocks(options.student), teacher_layers=_blocks(options.teacher)),
+        lambda options: Need(
+            student_layers=_blocks(options.student, options), teacher_layers=_blocks(options.teacher, options)
+        ),
         _layers,
     ),
 }

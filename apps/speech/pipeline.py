@@ -169,7 +169,7 @@ class Pipeline:
             lessons = self._lessons([(guide, view) for view in views], seed, {"guided": {}})
 
             def terms(model: AcousticModel) -> Sequence[Term]:
-                pair = Pair(model.classes - 1, model.width, guide.width)
+                pair = Pair(model.classes - 1, model, guide)
                 return knowledge.terms("guided", {}, config.guided, pair)
 
         self._fit(
@@ -234,7 +234,7 @@ class Pipeline:
         heard = [(student, view, each) for student, view in pairs for each in who]
 
         def terms(model: AcousticModel) -> Sequence[Term]:
-            pair = Pair(model.classes - 1, model.width, teacher.width)
+            pair = Pair(model.classes - 1, model, teacher)
             given = self.config.knowledge.items()
             return [term for name, each in given for term in knowledge.terms(name, each.options, each.schedule, pair)]
 

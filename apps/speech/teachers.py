@@ -65,10 +65,18 @@ class Teacher:
 
     def width(self, layer: str) -> int:
         """Return the width of a layer; ValueError where there is not one model that was trained here."""
+        return self._own(f"layer: {layer}").width(layer)
+
+    def heads(self) -> int:
+        """Return how many heads its attention has; ValueError as ``width``."""
+        return self._own("heads").heads()
+
+    def _own(self, what: str) -> AcousticModel:
+        """Return its one model, trained here, of which something is asked for."""
         model = self.models[0]
         if len(self.models) > 1 or not isinstance(model, AcousticModel):
-            raise ValueError(f"layer: {layer} of several or pretrained teachers, wanted one teacher trained here")
-        return model.width(layer)
+            raise ValueError(f"{what} of several or pretrained teachers, wanted one teacher trained here")
+        return model
 
     def ask(
         self,

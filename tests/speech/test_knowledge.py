@@ -8,15 +8,29 @@ import pytest
 import torch
 
 from apps.speech.config import KnowledgeConfig
-from apps.speech.knowledge import KNOWLEDGE, DelayedHint, Pair, delayed_spikes, knowledge_options, needs, terms
+from apps.speech.knowledge import KNOWLEDGE, Pair, delayed_spikes, knowledge_options, needs, terms
 from apps.speech.lessons import Cuts, NBest
 from kdcore import losses
 from kdcore.config import UserError
-from kdcore.losses.contract import Reduction
 from kdcore.teaching.terms import Terms
 
 LENGTHS = torch.tensor([9, 6])
-BOTH = Pair(4, lambda layer: 6, lambda layer: 7)
+
+
+class Layers:
+    """Layers of one width, and attention of some heads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        self._width, self._heads = width, heads
+
+    def width(self, layer: str) -> int:
+        return self._width
+
+    def heads(self) -> int:
+        return self._heads
+
+
+BOTH = Pair(4, Layers(6, 2), Layers(7, 3))
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,30 +55,6 @@ def test_spikes_are_wanted_after_the_delay() -> None:
     lengths = torch.tensor([6])
     values = [float(delayed_spikes(each, teacher, lengths, delay=2, blank=2)) for each in (late, teacher)]
     assert values[0] == pytest.approx(-1.0, abs=1e-3) and values[1] == pytest.approx(0.0, abs=1e-3)
-
-
-def test_a_hint_compares_a_frame_with_the_teachers_earlier_one() -> None:
-    hint = DelayedHint(3, 3, delay=2)
-    torch.nn.init.eye_(hint.project.weight)
-    torch.nn.init.zeros_(hint.project.bias)
-    teacher = torch.randn(2, 9, 3)
-    student = teacher.roll(2, 1)
-    assert float(hint(student, teacher, LENGTHS)) == pytest.approx(0.0, abs=1e-6)
-    student[1, 6:] += 5  # behind the second utterance's end
-    assert float(hint(student, teacher, LENGTHS)) == pytest.approx(0.0, abs=1e-6)
-    student[0, 5] += 1.0
-    assert float(hint(student, teacher, LENGTHS, reduction="sum")) == pytest.approx(0.5 / 7, rel=1e-5)
-
-
-@pytest.mark.parametrize("delay", [9, 10, 200])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_a_hint_after_the_end_of_all_utterances_counts_nothing(delay: int, reduction: Reduction) -> None:
-    hint = DelayedHint(3, 4, delay)
-    student = torch.randn(2, 9, 3, requires_grad=True)
-    value = hint(student, torch.randn(2, 9, 4), LENGTHS, reduction=reduction)
-    assert float(value.detach()) == 0
-    value.backward()
-    assert not student.grad.any()  # type: ignore[union-attr]
 
 
 def test_needs_are_those_of_all() -> None:
@@ -104,6 +94,7 @@ def test_unknown_names_and_options_are_told() -> None:
         ("guided", {"form": "probabilty"}, "form"),
         ("layers", {"progress": -1}, "progress: got -1, wanted 0 or more"),
         ("layers", {"student": [-1]}, "wanted blocks counted from 0"),
+        ("layers", {"attention": -0.5}, "attention: got -0.5, wanted a finite share >= 0"),
     ],
 )
 def test_options_out_of_range_are_told_with_what_was_wanted(name: str, options: dict[str, Any], message: str) -> None:
@@ -144,12 +135,24 @@ def test_layers_come_from_the_bottom_each_with_its_projection() -> None:
         knowledge_options("layers", {"student": [0], "teacher": [0, 1]})
 
 
+def test_attention_is_a_share_of_its_pair() -> None:
+    given = {"student": [0, 1], "teacher": [1, 3], "progress": 2, "attention": 0.5}
+    made = Terms(terms("layers", given, KnowledgeConfig(weight=6.0, fade=3).schedule, BOTH))
+    weights = []
+    for epoch in range(4):
+        made.begin_epoch(epoch)
+        weights.append([made.weights[name] for name in ("layers_0_attention", "layers_1_attention")])
+    assert weights == [[3.0, 0.0], [2.0, 0.0], [1.0, 3.0], [0.0, 2.0]]
+    wanted = needs({"layers": given})
+    assert wanted.student_layers == tuple(f"blocks.{n}.{part}" for n in (0, 1) for part in ("norm", "attention.inputs"))
+    assert wanted.teacher_layers == tuple(f"blocks.{n}.{part}" for n in (1, 3) for part in ("norm", "attention.inputs"))
+
+
 def test_a_weight_that_falls() -> None:
     given = KnowledgeConfig(weight=6.0, fade=3)
-    pair = Pair(5, lambda layer: 6, lambda layer: 7)
-    frame, *_ = terms("frame", {}, given.schedule, pair)
+    frame, *_ = terms("frame", {}, given.schedule, BOTH)
     assert [frame.schedule.at(epoch) for epoch in range(5)] == [6.0, 4.0, 2.0, 0.0, 0.0]
-    first, second = terms("layers", {"student": [0, 1], "teacher": [1, 3], "progress": 2}, given.schedule, pair)
+    first, second = terms("layers", {"student": [0, 1], "teacher": [1, 3], "progress": 2}, given.schedule, BOTH)
     assert [first.schedule.at(epoch) for epoch in range(4)] == [6.0, 4.0, 2.0, 0.0]
     # each pair has the fall for itself, from its beginning
     assert [second.schedule.at(epoch) for epoch in range(6)] == [0.0, 0.0, 6.0, 4.0, 2.0, 0.0]

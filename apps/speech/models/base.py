@@ -14,6 +14,8 @@ from kdcore.teaching import Term
 # feature frames that become one frame of logits
 SUBSAMPLING = 4
 FRAME_MS = SUBSAMPLING * FEATURE_SHIFT_MS
+# layers of a block: its output, and the product that makes queries, keys and values of all heads, side by side
+OUTPUT, ATTENTION = "norm", "attention.inputs"
 
 State = tuple[Tensor, ...]
 
@@ -52,7 +54,8 @@ def check_sizes(options: Any, *names: str) -> None:
 class AcousticModel(nn.Module):
     """A CTC model: features float32 [B, T, 80] to logits [B, T / 4, C], the blank last.
 
-    Hints take layers by their paths: ``encoder``, the last one, and ``blocks.N.norm`` where the model has blocks.
+    Hints take layers by their paths: ``encoder``, the last one, and ``blocks.N.norm`` and ``blocks.N.attention.inputs``
+    where the model has blocks.
     """
 
     kind: ClassVar[str]
@@ -93,11 +96,19 @@ class AcousticModel(nn.Module):
         Raises:
             ValueError: the model has no such layer.
         """
-        blocks = getattr(self, "blocks", ())
-        known = ["encoder", *(f"blocks.{index}.norm" for index in range(len(blocks)))]
+        own = getattr(self.options, "width", 0)
+        known = {"encoder": self.head.in_features}
+        for index in range(len(getattr(self, "blocks", ()))):
+            known |= {f"blocks.{index}.{OUTPUT}": own, f"blocks.{index}.{ATTENTION}": 3 * own}
         if layer not in known:
             raise ValueError(f"layer: {self.kind} has no {layer!r}, it has {', '.join(known)}")
-        return self.head.in_features if layer == "encoder" else int(self.options.width)
+        return known[layer]
+
+    def heads(self) -> int:
+        """Return how many heads the attention of its blocks has; ValueError where it has no blocks."""
+        if not hasattr(self, "blocks"):
+            raise ValueError(f"heads: {self.kind} has no attention over frames")
+        return int(self.options.heads)
 
     def label(self) -> str:
         """Return the name of the model in tables: its kind, and its size in millions of weights."""
