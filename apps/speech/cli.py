@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -17,7 +18,7 @@ from kdcore.command_line import Parser, example, integers, split_overrides, unkn
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
-    from apps.speech.config import DataConfig
+    from apps.speech.config import SpeechConfig
     from apps.speech.pipeline import Pipeline
 
 _STAGES = {
@@ -161,20 +162,34 @@ def _open(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> Pipelin
         config = load_config(recipe=args.recipe, file=args.config, overrides=_settings(args, overrides))
     if not (config.data.path or config.data.train):
         raise UserError("wanted --data NAME or PATH, or --train and --test")
-    config = replace(config, data=_from_anywhere(config.data))
+    config = _from_anywhere(config)
     return Pipeline(config, args.out or Path("runs") / f"{config.recipe}-{config.data.name}", announce)
 
 
-def _from_anywhere(data: DataConfig) -> DataConfig:
-    """Return the same data named so that the run can be gone on with from any folder."""
+def _from_anywhere(config: SpeechConfig) -> SpeechConfig:
+    """Return the same configuration, its files and folders named so that any folder is one to go on from."""
     from apps.speech.data.corpora import absolute_name
+    from apps.speech.views import parse_view
+
+    def heard(view: str) -> str:
+        return parse_view(view).from_anywhere().name if parse_view(view).folders else view
+
+    def placed(folder: str) -> str:
+        return os.path.abspath(folder) if folder else ""
 
     named: dict[str, Any] = {}
     for name in ("path", "train", "valid", "test", "unlabelled"):
-        given = getattr(data, name)
+        given = getattr(config.data, name)
         if given:
             named[name] = absolute_name(given) if isinstance(given, str) else [absolute_name(each) for each in given]
-    return replace(data, **named)
+    members = [replace(member, path=placed(member.path)) for member in config.teacher.members]
+    return replace(
+        config,
+        data=replace(config.data, **named),
+        views=[replace(pair, student=heard(pair.student), teacher=heard(pair.teacher)) for pair in config.views],
+        test_view=heard(config.test_view),
+        teacher=replace(config.teacher, path=placed(config.teacher.path), members=members),
+    )
 
 
 def _stage(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

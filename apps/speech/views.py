@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,13 +36,12 @@ import numpy as np
 from apps.speech.audio import audio_info, read_audio, resample
 from apps.speech.data.formats import AUDIO_SUFFIXES
 from apps.speech.features import SAMPLE_RATE
+from apps.speech.noise import NOISES, active_power, generated_noise
 from kdcore.config import UserError, nearest
 
-NOISES = ("white", "pink", "babble")
-_FRAME = SAMPLE_RATE // 50  # 20 ms
-_ACTIVE_DB = 30.0  # frames further below the loudest one are pauses
-_TALKERS = 6
 _LONGEST_RESPONSE = 5.0
+# a step that ends with a folder
+_FOLDER = re.compile(r"(?:noise:[^:]*:[^:]*:|room:(?![\d.]+$))(.+)$")
 _TRIES = 200
 
 
@@ -81,6 +82,17 @@ class View:
         given = [step.folder for step in self.steps if isinstance(step, Noise | RecordedRoom)]
         return [Path(folder) for folder in given if folder]
 
+    def from_anywhere(self) -> View:
+        """Return the view with its folders named so that it can be heard from any folder."""
+        steps: list[Step] = []
+        for step in self.steps:
+            if isinstance(step, Noise) and step.folder:
+                step = replace(step, what=os.path.abspath(step.what))
+            elif isinstance(step, RecordedRoom):
+                step = replace(step, folder=os.path.abspath(step.folder))
+            steps.append(step)
+        return View(tuple(steps))
+
     def apply(self, samples: np.ndarray, key: str, seed: int) -> np.ndarray:
         """Return the view float32 [n] of samples float32 [n] in [-1, 1] at 16 kHz.
 
@@ -117,20 +129,6 @@ def _within(samples: np.ndarray) -> np.ndarray:
     peak = float(np.abs(samples).max()) if len(samples) else 0.0
     scaled = samples if peak <= 1.0 else samples * (1.0 / np.nextafter(peak, math.inf))
     return np.ascontiguousarray(scaled, np.float32)
-
-
-def active_power(samples: np.ndarray) -> float:
-    """Return the mean power of the speech in samples: of the 20 ms frames at most 30 dB below the loudest one.
-
-    The offset is left out of it; 0 for silence.
-    """
-    if not len(samples):
-        return 0.0
-    centred = samples.astype(np.float64) - samples.mean(dtype=np.float64)
-    whole = len(centred) // _FRAME * _FRAME
-    frames = centred[:whole].reshape(-1, _FRAME) if whole else centred[None]
-    powers = np.square(frames).mean(axis=1)
-    return float(powers[powers >= powers.max() * 10 ** (-_ACTIVE_DB / 10)].mean())
 
 
 @dataclass(frozen=True)
@@ -236,32 +234,6 @@ class Noise:
             if np.ptp(noise):
                 return noise
         raise UserError(f"view {self.name}: {_TRIES} pieces of recordings of {self.folder} are silent; wanted noise")
-
-
-def generated_noise(what: str, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Return ``count`` samples float64 of white, pink (power falls with 1 / frequency) or babble-like noise.
-
-    Babble is the sum of six noises with the slope of speech (flat to 500 Hz, then -9 dB an octave), each of which
-    swells 2 to 6 times a second, as syllables do. Its level is not set.
-    """
-    if what == "white":
-        return generator.standard_normal(count)
-    if what == "pink":
-        return _shaped(generator, count, lambda hertz: 1 / np.sqrt(np.maximum(hertz, 20.0)))
-    if what != "babble":
-        raise ValueError(f"what: got {what!r}, wanted one of {', '.join(NOISES)}")
-    total = np.zeros(count)
-    time = np.arange(count) / SAMPLE_RATE
-    for _ in range(_TALKERS):
-        voice = _shaped(generator, count, lambda hertz: np.minimum(1.0, (np.maximum(hertz, 1.0) / 500) ** -1.5))
-        rate, phase = generator.uniform(2.0, 6.0), generator.uniform(0.0, 2 * math.pi)
-        total += voice * np.square(np.sin(math.pi * rate * time + phase))
-    return total
-
-
-def _shaped(generator: np.random.Generator, count: int, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    spectrum = np.fft.rfft(generator.standard_normal(count))
-    return np.fft.irfft(spectrum * gain(np.fft.rfftfreq(count, 1 / SAMPLE_RATE)), count)
 
 
 def _excerpt(path: Path, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -408,7 +380,7 @@ def parse_view(text: str) -> View:
             audio.
     """
     steps = []
-    for part in text.split("+"):
+    for part in _parts(text):
         kind, _, rest = part.strip().partition(":")
         if kind not in _STEPS:
             raise UserError(f"view {text!r}: unknown name {kind!r}, {nearest(kind, _STEPS)}")
@@ -416,6 +388,18 @@ def parse_view(text: str) -> View:
         if step is not None:
             steps.append(step)
     return View(tuple(steps))
+
+
+def _parts(text: str) -> list[str]:
+    """Return the steps of a view as they are written; a + within the path of a folder is part of it."""
+    parts: list[str] = []
+    for piece in text.split("+"):
+        folder = _FOLDER.match(parts[-1].strip()) if parts else None
+        if folder and folder[1] not in NOISES and piece.strip().partition(":")[0] not in _STEPS:
+            parts[-1] += f"+{piece}"
+        else:
+            parts.append(piece)
+    return parts
 
 
 def _number(text: str, where: str, what: str, low: float, high: float) -> float:

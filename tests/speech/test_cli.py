@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from apps.cli import main
+from apps.speech.config import load_config
 from apps.speech.decode.lm import check_arpa
 from data_scripts.simulate_speech import simulate
 from tests.speech.small_runs import SIZES
@@ -161,3 +162,22 @@ def test_prepare_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(words) == 0
     rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
     assert sum(row["utterances"] for row in rows.values()) == 24 and rows["train"]["left out"] == "none"
+
+
+def test_a_run_can_be_gone_on_with_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(tmp_path / "here" / "data", utterances=24)
+    simulate(tmp_path / "here" / "hum", utterances=6)
+    monkeypatch.chdir(tmp_path / "here")
+    heard = json.dumps([{"student": "noise:5:9:hum", "teacher": "clean"}])
+    words = ["speech", "prepare", "--recipe", "demo", "--data", "data", "--out", "run", "--json"]
+    assert main([*words, "--views", heard, "--test_view", "noise:5:9:hum"]) == 0
+    first = capsys.readouterr().out
+    kept = load_config(file=tmp_path / "here" / "run" / "config.yaml")
+    assert kept.data.path == str(tmp_path / "here" / "data")
+    assert kept.views[0].student == kept.test_view == f"noise:5:9:{tmp_path / 'here' / 'hum'}"
+    assert kept.views[0].teacher == "clean"
+    monkeypatch.chdir(tmp_path)
+    assert main(["speech", "prepare", "--out", str(tmp_path / "here" / "run"), "--json"]) == 0
+    assert capsys.readouterr().out == first

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.speech.audio import read_audio
-from apps.speech.views import Noise, Room, View, active_power, generated_noise, parse_view
+from apps.speech.noise import active_power, generated_noise
+from apps.speech.views import Noise, RecordedRoom, Room, View, parse_view
 from kdcore.config import UserError
 
 AN4 = Path(os.environ.get("KD_DATA", "../shared/data")) / "speech" / "an4"
@@ -66,6 +67,8 @@ def test_any_number_comes_back(factor: float, low: float, high: float, rt60: flo
     [
         ("nois:0:10", "unknown name 'nois', did you mean noise"),
         ("", "unknown name ''"),
+        ("room:0.4+nois:0:10", "unknown name 'nois', did you mean noise"),
+        ("noise:0:10:pink+rom:1", "unknown name 'rom', did you mean room"),
         ("speed:3", "factor: got '3', wanted a number from 0.5 to 2"),
         ("speed", "factor: got ''"),
         ("tempo:0.1", "factor: got '0.1', wanted a number from 0.5 to 2"),
@@ -286,3 +289,19 @@ def test_an4_in_noise() -> None:
         scale = noisy @ samples / (samples.astype(np.float64) @ samples)
         noise = noisy / scale - samples
         assert 10 * np.log10(active_power(samples) / np.square(noise).mean()) == pytest.approx(5, abs=0.1)
+
+
+def test_a_folder_may_have_a_plus_in_its_path_and_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cafe+bar" / "to+day"
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "one.wav", np.full(1600, 0.1), 16000)
+    monkeypatch.chdir(folder.parent)
+    view = parse_view("speed:0.9+room:to+day+noise:0:5:to+day+codec:3400")
+    kinds = [step.kind for step in view.steps]
+    assert kinds == ["speed", "room", "noise", "codec"] and view.folders == [Path("to+day")] * 2
+    away = view.from_anywhere()
+    monkeypatch.chdir(tmp_path)
+    assert away == parse_view(f"speed:0.9+room:{folder}+noise:0:5:{folder}+codec:3400") == parse_view(away.name)
+    assert isinstance(away.steps[1], RecordedRoom)
