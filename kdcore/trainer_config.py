@@ -1,4 +1,4 @@
-"""How a student is trained, as recipes say it; apart from the loop, so that reading a recipe imports no trainer."""
+"""How a student is trained, as recipes say it; apart from the loop, so that reading a recipe imports no Lightning."""
 
 from __future__ import annotations
 

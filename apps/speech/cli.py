@@ -171,12 +171,12 @@ def _from_anywhere(config: SpeechConfig) -> SpeechConfig:
     from apps.speech.data.corpora import absolute_name
     from apps.speech.views import parse_view
 
-    def heard(view: str) -> str:
-        return parse_view(view).from_anywhere().name if parse_view(view).folders else view
-
     def placed(folder: str) -> str:
-        return os.path.abspath(folder) if folder else ""
+        # what is not there stays as it is written, and is named so by who misses it
+        return os.path.abspath(folder) if folder and os.path.exists(folder) else folder
 
+    parsed = {view: parse_view(view) for view in config.heard_views}
+    heard = {name: view.from_anywhere().name if view.folders else name for name, view in parsed.items()}
     named: dict[str, Any] = {}
     for name in ("path", "train", "valid", "test", "unlabelled"):
         given = getattr(config.data, name)
@@ -186,8 +186,8 @@ def _from_anywhere(config: SpeechConfig) -> SpeechConfig:
     return replace(
         config,
         data=replace(config.data, **named),
-        views=[replace(pair, student=heard(pair.student), teacher=heard(pair.teacher)) for pair in config.views],
-        test_view=heard(config.test_view),
+        views=[replace(pair, student=heard[pair.student], teacher=heard[pair.teacher]) for pair in config.views],
+        test_view=heard[config.test_view],
         teacher=replace(config.teacher, path=placed(config.teacher.path), members=members),
     )
 

@@ -47,7 +47,7 @@ class Fitted:
 def ask(
     model: AcousticModel, features: Sequence[np.ndarray], *, layers: Sequence[str] = ()
 ) -> dict[str, list[np.ndarray]]:
-    """Return ``log_probs`` float32 [T', C] of some utterances, and each layer's output [T', D] by its path."""
+    """Return ``log_probs`` float32 [T', C] of some utterances, and of each layer what ``width`` counts, [T', D]."""
     training = model.training
     model.eval()
     lengths = torch.tensor([len(each) for each in features])
@@ -56,7 +56,8 @@ def ask(
         logits = model(*_given(model, features, lengths))
         kept = taps.take()
     model.train(training)
-    values: dict[str, Tensor] = {"log_probs": torch.log_softmax(logits, 2), **kept}
+    values = {layer: value[..., : model.width(layer)] for layer, value in kept.items()}
+    values["log_probs"] = torch.log_softmax(logits, 2)
     return {
         name: [row[:count].numpy() for row, count in zip(value.cpu(), counts, strict=True)]
         for name, value in values.items()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from apps.speech.models.conformer import rotate, rotations
 from kdcore import losses
-from kdcore.losses.contract import Reduction
+from kdcore.losses.contract import Reduction, in_full_precision, reduce_rows
 
 # frames of 40 ms within which attention is compared: what a long utterance needs grows with its length alone
 STRETCH = 256
@@ -42,37 +42,43 @@ class DelayedHint(nn.Module):
         counted = torch.arange(late.shape[1], device=lengths.device) < counts[:, None]
         apart = (self.project(late) - heard).pow(2).mean(2) / 2
         rows = apart.masked_fill(~counted, 0.0).sum(1) / counts.clamp(min=1)
-        return rows.sum() if reduction == "sum" else rows.mean()
+        return reduce_rows(rows, None, reduction)
 
 
-class DelayedAttention(nn.Module):
-    """Mean KL(teacher || student) of where a frame attends, over heads and frames.
+def delayed_attention(
+    student: Tensor,
+    teacher: Tensor,
+    lengths: Tensor,
+    *,
+    student_heads: int,
+    teacher_heads: int,
+    back: int | None = None,
+    delay: int = 0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Mean KL(teacher || student) of where a frame attends, over heads and frames; 0 where both attend alike.
 
-    Both are given by their queries, keys and values side by side, as the attention's first product makes them. A
-    streaming student does not hear what its teacher attends to later, so both are taken as if they attended to the
-    frame and those before it, of a stretch of ``STRETCH``. Where the numbers of heads differ, their means are compared.
+    Shapes: student [B, T, 2 D] and teacher [B, T, 2 E], the queries and keys of all heads side by side, before they
+    are turned by their places; lengths int64 [B], of which an utterance in the delay counts 0.
+
+    A streaming student does not hear what its teacher attends to later, nor what is long past, so both are taken as if
+    they attended to a frame and the ``back`` before it (None: all), of a stretch of ``STRETCH``. Where the numbers of
+    heads differ, the means over the heads are compared.
 
     Reference: Aguilar et al., Knowledge Distillation from Internal Representations, AAAI 2020; with the delay of a
     streaming student.
     """
-
-    def __init__(self, student_heads: int, teacher_heads: int, delay: int) -> None:
-        super().__init__()
-        self.student_heads, self.teacher_heads, self.delay = student_heads, teacher_heads, delay
-
-    def forward(self, student: Tensor, teacher: Tensor, lengths: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Return the loss of [B, T, 3 D] and [B, T, 3 E]; lengths int64 [B]. An utterance in the delay counts 0."""
-        late, heard, counts = _in_time(student, teacher, lengths, self.delay)
-        rows, frames = late.shape[:2]
-        size = max(min(frames, STRETCH), 1)
-        late, heard = (_stretches(values, size) for values in (late, heard))
-        starts = torch.arange(0, max(frames, 1), size, device=lengths.device)
-        within = (counts[:, None] - starts).clamp(0, size).flatten()
-        apart = losses.attention_matrices(
-            _scores(late, self.student_heads), _scores(heard, self.teacher_heads), within, reduction="none"
-        )
-        values = (apart * within).view(rows, -1).sum(1) / counts.clamp(min=1)
-        return values.sum() if reduction == "sum" else values.mean()
+    late, heard, counts = _in_time(student, teacher, lengths, delay)
+    rows, frames = late.shape[:2]
+    size = max(min(frames, STRETCH), 1)
+    starts = torch.arange(0, max(frames, 1), size, device=lengths.device)
+    within = (counts[:, None] - starts).clamp(0, size).flatten()
+    with torch.autocast(late.device.type, enabled=False):
+        own = _scores(_stretches(in_full_precision(late), size), student_heads, back)
+        theirs = _scores(_stretches(in_full_precision(heard), size), teacher_heads, back)
+    apart = losses.attention_matrices(own, theirs, within, reduction="none")
+    values = (apart * within).view(rows, -1).sum(1) / counts.clamp(min=1)
+    return reduce_rows(values, None, reduction)
 
 
 def _stretches(values: Tensor, size: int) -> Tensor:
@@ -81,11 +87,11 @@ def _stretches(values: Tensor, size: int) -> Tensor:
     return F.pad(values, (0, 0, 0, missing)).unflatten(1, (-1, size)).flatten(0, 1)
 
 
-def _scores(mixed: Tensor, heads: int) -> Tensor:
-    """Return the scores [B, heads, T, T] of queries, keys and values [B, T, 3 D], -inf for keys that come later."""
-    queries, keys = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in mixed.chunk(3, 2)[:2])
+def _scores(mixed: Tensor, heads: int, back: int | None) -> Tensor:
+    """Return the scores [B, heads, T, T] of queries and keys [B, T, 2 D], -inf for keys later or further ``back``."""
+    queries, keys = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in mixed.chunk(2, 2))
     # attention sees distances alone, so that places may be counted from anywhere
     turns = rotations(mixed.shape[1], queries.shape[3], mixed)
     scores = rotate(queries, *turns) @ rotate(keys, *turns).transpose(2, 3) / math.sqrt(queries.shape[3])
-    later = torch.ones(scores.shape[2:], dtype=torch.bool, device=mixed.device).triu(1)
-    return scores.masked_fill(later, -torch.inf)
+    heard = torch.ones(scores.shape[2:], dtype=torch.bool, device=mixed.device).tril()
+    return scores.masked_fill(~(heard if back is None else heard.triu(-back)), -torch.inf)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from apps.speech.hints import DelayedAttention, DelayedHint
+from apps.speech.hints import DelayedHint, delayed_attention
 from apps.speech.lessons import Cuts, NBest
 from apps.speech.models.base import ATTENTION, FRAME_MS, OUTPUT
 from kdcore import losses
@@ -150,7 +150,8 @@ class LayersOptions:
     delay: int = 0
     # epochs after which the next pair begins to count, so that lower layers come first; 0: all from the start
     progress: int = 0
-    # the weight of where the blocks attend to, as a share of that of their outputs; 0: outputs alone
+    # the weight of where the blocks attend to, as a share of that of their outputs; 0: outputs alone. What is kept of
+    # the teacher then takes three times the room
     attention: float = 0.0
 
     def __post_init__(self) -> None:
@@ -201,6 +202,10 @@ class Layered(Protocol):
         """Return how many heads its attention has."""
         ...
 
+    def reach(self) -> int | None:
+        """Return how many frames before its own a frame always attends to; None: all there are."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -244,7 +249,7 @@ def _guided(options: GuidedOptions, weight: Weight, pair: Pair) -> list[Term]:
     return [Term("guided", partial(delayed_spikes, delay=options.delay), {}, given, weight)]
 
 
-def _compared(name: str, loss: nn.Module, layers: tuple[str, str], weight: Weight) -> Term:
+def _compared(name: str, loss: Callable[..., Tensor], layers: tuple[str, str], weight: Weight) -> Term:
     """Return the term of a loss between a layer of the student's and one of the teacher's."""
     return Term(name, loss, {"student": f"student.{layers[0]}", "teacher": f"teacher.{layers[1]}"}, {}, weight)
 
@@ -252,6 +257,19 @@ def _compared(name: str, loss: nn.Module, layers: tuple[str, str], weight: Weigh
 def _hinted(name: str, layers: tuple[str, str], delay: int, weight: Weight, pair: Pair) -> Term:
     loss = DelayedHint(pair.student.width(layers[0]), pair.teacher.width(layers[1]), delay)
     return _compared(name, loss, layers, weight)
+
+
+def _attending(layers: tuple[str, str], delay: int, pair: Pair) -> Callable[..., Tensor]:
+    """Return the loss between where two blocks attend to, as far back as the student does."""
+    widths = pair.student.width(layers[0]), pair.teacher.width(layers[1])
+    options = {"student_heads": pair.student.heads(), "teacher_heads": pair.teacher.heads(), "delay": delay}
+    back = min((far for far in (pair.student.reach(), pair.teacher.reach()) if far is not None), default=None)
+
+    def attending(student: Tensor, teacher: Tensor, lengths: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        own, theirs = student[..., : widths[0]], teacher[..., : widths[1]]
+        return delayed_attention(own, theirs, lengths, back=back, reduction=reduction, **options)
+
+    return attending
 
 
 def _hint(options: HintOptions, weight: Weight, pair: Pair) -> list[Term]:
@@ -265,9 +283,9 @@ def _layers(options: LayersOptions, weight: Weight, pair: Pair) -> list[Term]:
         outputs = f"blocks.{own}.{OUTPUT}", f"blocks.{theirs}.{OUTPUT}"
         found.append(_hinted(f"layers_{place}", outputs, options.delay, begun, pair))
         if options.attention:
-            loss = DelayedAttention(pair.student.heads(), pair.teacher.heads(), options.delay)
-            attention = f"blocks.{own}.{ATTENTION}", f"blocks.{theirs}.{ATTENTION}"
-            found.append(_compared(f"layers_{place}_attention", loss, attention, _share(begun, options.attention)))
+            layers = f"blocks.{own}.{ATTENTION}", f"blocks.{theirs}.{ATTENTION}"
+            loss = _attending(layers, options.delay, pair)
+            found.append(_compared(f"layers_{place}_attention", loss, layers, _share(begun, options.attention)))
     return found
 
 

@@ -71,6 +71,10 @@ class Teacher:
         """Return how many heads its attention has; ValueError as ``width``."""
         return self._own("heads").heads()
 
+    def reach(self) -> int | None:
+        """Return how far back its frames attend; ValueError as ``width``."""
+        return self._own("reach").reach()
+
     def _own(self, what: str) -> AcousticModel:
         """Return its one model, trained here, of which something is asked for."""
         model = self.models[0]

@@ -1,6 +1,7 @@
 """Views: named, seeded transformations of an utterance, so that a teacher may hear another one than its student.
 
-A view is written as steps joined by ``+``: ``speed:0.9``, ``noise:0:10``, ``room:0.4+noise:5:15``.
+A view is written as steps joined by ``+``: ``speed:0.9``, ``noise:0:10``, ``room:0.4+noise:5:15``. A path with a + in
+it is taken for one where it is a folder.
 
     clean                    nothing
     speed:FACTOR             resampling: shorter and higher above 1, longer and lower below (0.5 to 2)
@@ -23,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -40,8 +40,6 @@ from apps.speech.noise import NOISES, active_power, generated_noise
 from kdcore.config import UserError, nearest
 
 _LONGEST_RESPONSE = 5.0
-# a step that ends with a folder
-_FOLDER = re.compile(r"(?:noise:[^:]*:[^:]*:|room:(?![\d.]+$))(.+)$")
 _TRIES = 200
 
 
@@ -391,15 +389,25 @@ def parse_view(text: str) -> View:
 
 
 def _parts(text: str) -> list[str]:
-    """Return the steps of a view as they are written; a + within the path of a folder is part of it."""
-    parts: list[str] = []
-    for piece in text.split("+"):
-        folder = _FOLDER.match(parts[-1].strip()) if parts else None
-        if folder and folder[1] not in NOISES and piece.strip().partition(":")[0] not in _STEPS:
-            parts[-1] += f"+{piece}"
-        else:
-            parts.append(piece)
+    """Return the steps of a view as they are written.
+
+    A + ends a step, unless it stands in the path of a folder that is there; the longest such path is taken.
+    """
+    pieces, parts = text.split("+"), []
+    while pieces:
+        joined = ["+".join(pieces[:count]) for count in range(len(pieces), 1, -1)]
+        part = next((each for each in joined if (folder := _folder(each.strip())) and Path(folder).is_dir()), pieces[0])
+        parts.append(part)
+        del pieces[: part.count("+") + 1]
     return parts
+
+
+def _folder(part: str) -> str:
+    """Return the folder that a step ends with, as it is written; empty where it has none."""
+    kind, _, rest = part.partition(":")
+    if kind == "noise":
+        rest = rest.partition(":")[2].partition(":")[2]
+    return rest if kind in ("noise", "room") else ""
 
 
 def _number(text: str, where: str, what: str, low: float, high: float) -> float:

@@ -13,6 +13,8 @@ from apps.cli import main
 from apps.speech.config import load_config
 from apps.speech.decode.lm import check_arpa
 from data_scripts.simulate_speech import simulate
+from kdcore.config import dump_yaml
+from tests.speech.hugging_face import pretrained
 from tests.speech.small_runs import SIZES
 
 
@@ -36,6 +38,13 @@ def test_help_imports_nothing_heavy() -> None:
     code += "print([name for name in ('torch', 'transformers', 'soundfile', 'jiwer') if name in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == "[]"
+
+
+def test_reading_a_recipe_imports_no_lightning() -> None:
+    code = "import sys; from apps.speech.config import load_config; load_config(recipe='demo'); "
+    code += "print('torch' in sys.modules, 'lightning_fabric' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "False"]
 
 
 def test_a_run_of_the_commands_from_recordings_to_report(
@@ -167,17 +176,32 @@ def test_prepare_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_run_can_be_gone_on_with_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simulate(tmp_path / "here" / "data", utterances=24)
-    simulate(tmp_path / "here" / "hum", utterances=6)
-    monkeypatch.chdir(tmp_path / "here")
-    heard = json.dumps([{"student": "noise:5:9:hum", "teacher": "clean"}])
+    here = tmp_path / "here"
+    simulate(here / "data", utterances=24)
+    simulate(here / "hum", utterances=6)
+    for name in ("first", "second"):
+        pretrained(here / name, "abcdefghijklmnopqrstuvwxyz'")
+    monkeypatch.chdir(here)
+    heard = json.dumps([{"student": "noise:5:9:hum", "teacher": "room:hum+noise:5:9:hum"}])
     words = ["speech", "prepare", "--recipe", "demo", "--data", "data", "--out", "run", "--json"]
-    assert main([*words, "--views", heard, "--test_view", "noise:5:9:hum"]) == 0
+    words += ["--views", heard, "--test_view", "noise:5:9:hum", "--teacher.path", "first"]
+    assert main(words) == 0
     first = capsys.readouterr().out
-    kept = load_config(file=tmp_path / "here" / "run" / "config.yaml")
-    assert kept.data.path == str(tmp_path / "here" / "data")
-    assert kept.views[0].student == kept.test_view == f"noise:5:9:{tmp_path / 'here' / 'hum'}"
-    assert kept.views[0].teacher == "clean"
+    kept = load_config(file=here / "run" / "config.yaml")
+    assert kept.data.path == str(here / "data") and kept.teacher.path == str(here / "first")
+    assert kept.views[0].student == kept.test_view == f"noise:5:9:{here / 'hum'}"
+    assert kept.views[0].teacher == f"room:{here / 'hum'}+noise:5:9:{here / 'hum'}"
     monkeypatch.chdir(tmp_path)
-    assert main(["speech", "prepare", "--out", str(tmp_path / "here" / "run"), "--json"]) == 0
+    assert main(["speech", "prepare", "--out", str(here / "run"), "--json"]) == 0
     assert capsys.readouterr().out == first
+    monkeypatch.chdir(here)
+    assert main(words) == 0
+    ensemble = {"teacher": {"members": [{"path": "first"}, {"path": "second"}]}, "knowledge": {"frame": {}}}
+    Path("ensemble.yaml").write_text(dump_yaml(ensemble), encoding="utf-8")
+    assert main(["speech", "prepare", "--config", "ensemble.yaml", "--data", "data", "--out", "other"]) == 0
+    two = load_config(file=here / "other" / "config.yaml").teacher.members
+    assert [member.path for member in two] == [str(here / "first"), str(here / "second")]
+    # a name that is no folder is told as it was typed
+    capsys.readouterr()
+    assert main([*words[:-1], "facebook/wav2vec2", "--out", "third"]) == 2
+    assert "facebook/wav2vec2" in (said := capsys.readouterr().err) and str(here / "facebook") not in said

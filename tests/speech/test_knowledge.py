@@ -29,8 +29,11 @@ class Layers:
     def heads(self) -> int:
         return self._heads
 
+    def reach(self) -> int | None:
+        return None
 
-BOTH = Pair(4, Layers(6, 2), Layers(7, 3))
+
+BOTH = Pair(4, Layers(6, 1), Layers(7, 1))
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from apps.speech.data.folds import NO_FOLD
 from apps.speech.fitting import ask
 from apps.speech.measure import Measurement, evaluate, shown_utterance
 from apps.speech.models import new_model
-from apps.speech.models.huggingface import import_transformers
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline, member_seed
 from apps.speech.teachers import CrossFitted
@@ -29,6 +27,7 @@ from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
 from kdcore.report import write_report
 from kdcore.run import read_json, read_log
+from tests.speech.hugging_face import pretrained
 from tests.speech.small_runs import SIZES, TRAINER, run, small
 
 
@@ -150,25 +149,6 @@ def test_stages_are_kept_and_another_configuration_is_refused(data: Path, tmp_pa
     assert [row["metrics"]["wer"] for row in again] == [row["metrics"]["wer"] for row in first]
     with pytest.raises(UserError, match=r"holds a run with other settings \(seeds\)"):
         _ = small("ctc_sequence_level", data, tmp_path, seeds=[1]).prepared
-
-
-def pretrained(folder: Path, symbols: Sequence[str]) -> Path:
-    """Write a small random Hugging Face model that knows some symbols, in several shards."""
-    transformers = import_transformers()
-    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *(symbol.upper() for symbol in symbols if symbol != "▁")]
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = transformers.Wav2Vec2Config(
-        vocab_size=len(names),
-        conv_dim=[8] * 7,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        pad_token_id=0,
-        feat_extract_norm="layer",
-        **sizes,
-    )
-    transformers.Wav2Vec2ForCTC(config).save_pretrained(folder, max_shard_size="10KB")
-    (folder / "vocab.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
-    return folder
 
 
 def test_a_pretrained_teacher_from_a_folder(data: Path, tmp_path: Path) -> None:

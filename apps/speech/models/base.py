@@ -14,7 +14,7 @@ from kdcore.teaching import Term
 # feature frames that become one frame of logits
 SUBSAMPLING = 4
 FRAME_MS = SUBSAMPLING * FEATURE_SHIFT_MS
-# layers of a block: its output, and the product that makes queries, keys and values of all heads, side by side
+# layers of a block: its output, and the queries and keys of all heads, side by side (values behind them)
 OUTPUT, ATTENTION = "norm", "attention.inputs"
 
 State = tuple[Tensor, ...]
@@ -91,15 +91,15 @@ class AcousticModel(nn.Module):
         return ()
 
     def width(self, layer: str) -> int:
-        """Return the width D of a layer's output [B, T / 4, D].
+        """Return the width D of what is compared of a layer's output, its first values: [B, T / 4, D].
 
         Raises:
             ValueError: the model has no such layer.
         """
-        own = getattr(self.options, "width", 0)
+        own = int(self.options.width)
         known = {"encoder": self.head.in_features}
         for index in range(len(getattr(self, "blocks", ()))):
-            known |= {f"blocks.{index}.{OUTPUT}": own, f"blocks.{index}.{ATTENTION}": 3 * own}
+            known |= {f"blocks.{index}.{OUTPUT}": own, f"blocks.{index}.{ATTENTION}": 2 * own}
         if layer not in known:
             raise ValueError(f"layer: {self.kind} has no {layer!r}, it has {', '.join(known)}")
         return known[layer]
@@ -109,6 +109,10 @@ class AcousticModel(nn.Module):
         if not hasattr(self, "blocks"):
             raise ValueError(f"heads: {self.kind} has no attention over frames")
         return int(self.options.heads)
+
+    def reach(self) -> int | None:
+        """Return how many frames before its own a frame always attends to; None: all there are."""
+        return None
 
     def label(self) -> str:
         """Return the name of the model in tables: its kind, and its size in millions of weights."""

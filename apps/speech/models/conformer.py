@@ -293,6 +293,10 @@ class ChunkedConformer(StreamingModel):
         """Frames of logits one step makes."""
         return self.options.chunk
 
+    def reach(self) -> int:
+        """Return how many frames before its own a frame attends to in the smallest chunks it is trained with."""
+        return self.options.left_chunks * min(self.options.chunks or (self.options.chunk,))
+
     @property
     def mean(self) -> Tensor:
         """The features' mean."""
