@@ -37,10 +37,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         value = load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 text") from None
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not UTF-8 text"
+        problem = getattr(error, "problem", None) or _one_line(error)
         raise UserError(f"{file}{where}: {problem}") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: wanted a mapping of settings, got {type(value).__name__}")
@@ -132,6 +134,8 @@ def _checked(expected: Any, value: Any, source: str, path: str = "") -> Any:
         for name in value:
             _check_plain(name, source, where)
         return {name: _checked(inner[1], each, source, f"{path}{name}.") for name, each in value.items()}
+    if value is None and expected is not Any and not {None, type(None)} & {expected, *inner}:
+        raise UserError(f"{source}: '{where}': got nothing, wanted a value")
     _check_plain(value, source, where)
     return _copy(value)
 

@@ -113,9 +113,23 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path: str | os.PathLike[str], kind: type | None = None) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        UserError: it is no JSON in UTF-8, or holds something else than a ``kind`` (dict or list).
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    if kind is not None and not isinstance(value, kind):
+        raise UserError(f"{path}: got {type(value).__name__}, wanted {kind.__name__}")
+    return value
 
 
 def fingerprint(*parts: str | bytes | np.ndarray | Mapping[str, Any] | None) -> str:
@@ -274,13 +288,13 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of ``metrics.json``, none if it is not there yet."""
         file = self.path / "metrics.json"
-        return read_json(file) if file.exists() else []
+        return read_json(file, list) if file.exists() else []
 
 
 def belongs(folder: Path, key: str) -> bool:
     """Return whether a folder holds a whole model of this key."""
     file = folder / "model.json"
-    return file.exists() and read_json(file).get("key") == key
+    return file.exists() and read_json(file, dict).get("key") == key
 
 
 def deploy_model(source: Path, target: Path) -> None:

@@ -7,10 +7,26 @@ from typing import Any
 
 import yaml
 
+# values of one text, each counted as often as it is referred to
+MOST_VALUES = 100_000
+
 
 def load(text: str) -> Any:
-    """Return the value of a YAML text; yaml.YAMLError for what is none."""
-    return yaml.load(text, Loader=_Loader)
+    """Return the value of a YAML text; yaml.YAMLError for what is none, or holds itself or very much by references."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    waiting, count = [value], 0
+    while waiting:
+        each, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"holds more than {MOST_VALUES:,} values, or refers to itself")
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+    return value
 
 
 def dump(value: dict[str, Any]) -> str:

@@ -347,7 +347,7 @@ def deployed_seed(run: Path, role: str) -> int:
     file = run / role / "model.json"
     if not file.exists():
         raise UserError(f"{run / role}: no model here; wanted a run that `kd speech run` finished")
-    about = read_json(file)
+    about = read_json(file, dict)
     for folder in sorted((run / "seeds").glob("*")):
         other = folder / role / "model.json"
         if folder.name.isdigit() and other.exists() and read_json(other) == about:
@@ -383,7 +383,7 @@ def _rates(pipeline: Pipeline, seed: int, rows: Sequence[dict[str, Any]]) -> Ite
 
 def _differences(pipeline: Pipeline) -> Iterable[Difference]:
     file = pipeline.run.path / "comparisons.json"
-    for row in read_json(file) if file.exists() else []:
+    for row in read_json(file, list) if file.exists() else []:
         if row["split"] == "test" and row["metric"] in DECODINGS:
             yield Difference(
                 role=row["a"]["role"],

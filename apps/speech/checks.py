@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+
+import torch
 
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, TeacherConfig, alone_config
 from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
@@ -11,6 +14,8 @@ from apps.speech.views import Tempo, View, parse_view
 from kdcore.config import UserError
 
 _MONITORS = ("wer", "cer")
+# what torch takes
+_SEEDS = 1 << 63
 
 
 def check_config(config: SpeechConfig, *, folders: bool = True) -> None:
@@ -18,8 +23,11 @@ def check_config(config: SpeechConfig, *, folders: bool = True) -> None:
 
     ``folders`` looks into those of pretrained teachers too, which a run that has all its models may be without.
     """
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds) or min(config.seeds) < 0:
-        raise UserError(f"seeds: got {config.seeds}, wanted distinct seeds of 0 or more, at least one")
+    seeds = config.seeds
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) >= _SEEDS:
+        raise UserError(f"seeds: got {seeds}, wanted distinct seeds of 0 or more, below 2^63, at least one")
+    if config.report.metric == "wer_lm" and not config.decode.order:
+        raise UserError("report.metric: got wer_lm, wanted decode.order with it: 0 makes no language model")
     _check_views(config)
     _check_teacher(config)
     for name, model in (("student", config.student), ("student.alone", alone_config(config))):
@@ -54,7 +62,8 @@ def _check_layers(config: SpeechConfig, wanted: Need) -> None:
         raise UserError("knowledge: hint and layers want one teacher trained here; an ensemble has no one encoder")
     pairs = (("teacher", config.teacher, wanted.teacher_layers), ("student", config.student, wanted.student_layers))
     for name, model, layers in pairs:
-        made = new_model(model.kind, 2, model.options)
+        with torch.device("meta"):  # which takes no memory, however large it is
+            made = new_model(model.kind, 2, model.options)
         for layer in layers:
             try:
                 made.width(layer)
@@ -95,8 +104,10 @@ def _moved(view: View) -> list[str]:
 
 def _check_teacher(config: SpeechConfig) -> None:
     teacher = config.teacher
-    if teacher.seed is not None and teacher.seed < 0:
-        raise UserError(f"teacher.seed: got {teacher.seed}, wanted 0 or more, or null for one teacher a seed")
+    if teacher.seed is not None and not 0 <= teacher.seed < _SEEDS:
+        raise UserError(
+            f"teacher.seed: got {teacher.seed}, wanted 0 or more, below 2^63, or null for one teacher a seed"
+        )
     _check_used(teacher)
     _check_folds(config)
     if teacher.by == "error" and any(member.path for member in teacher.members):
@@ -116,7 +127,7 @@ def _members(teacher: TeacherConfig) -> dict[str, MemberConfig]:
 def _check_used(teacher: TeacherConfig) -> None:
     """Refuse what would change nothing: a model beside members, and a way to combine fewer than two."""
     plain = TeacherConfig()
-    for name in ("kind", "options", "path", "guided", "quantize"):
+    for name in [each.name for each in fields(MemberConfig)]:
         got = getattr(teacher, name)
         if teacher.members and got != getattr(plain, name):
             raise UserError(f"teacher.{name}: got {got!r}, wanted nothing beside teacher.members; set it for a member")
@@ -124,6 +135,8 @@ def _check_used(teacher: TeacherConfig) -> None:
         got = getattr(teacher, name)
         if len(teacher.members) < 2 and got != getattr(plain, name):
             raise UserError(f"teacher.{name}: got {got}, wanted it with at least two teacher.members alone")
+    if teacher.combine == "switched" and teacher.by != plain.by:
+        raise UserError(f"teacher.by: got {teacher.by}, wanted it with combine: average, whose weights it says")
 
 
 def _check_folds(config: SpeechConfig) -> None:

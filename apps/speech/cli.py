@@ -338,6 +338,7 @@ def _add_lm(verbs: Any) -> None:
     )
     parser.add_argument("--text", type=Path, required=True, nargs="+", help="text, a sentence a line")
     parser.add_argument("--order", type=int, default=3, help="words of the longest n-gram, 2 to 6 (default 3)")
+    parser.add_argument("--run", type=Path, help="a run, as whose transcripts texts are written (its data.text)")
     parser.add_argument("--out", type=Path, required=True, help="the ARPA file to write")
 
 
@@ -346,9 +347,16 @@ def _lm(args: argparse.Namespace) -> int:
     from apps.speech.decode.ngram import read_sentences, write_arpa
     from apps.speech.text import TextRules
 
+    if args.run and not (args.run / "config.yaml").exists():
+        raise UserError(f"--run: {args.run}: no run here (config.yaml is missing)")
     if not MIN_ORDER <= args.order <= MAX_ORDER:
         raise UserError(f"--order: got {args.order}, wanted {MIN_ORDER} to {MAX_ORDER}")
-    rules = TextRules()
+    if args.run:
+        from apps.speech.config import load_config
+
+        rules = load_config(file=args.run / "config.yaml").data.text
+    else:
+        rules = TextRules()
     texts = [text for file in args.text for line in read_sentences(file) if (text := rules.normalise(line))]
     if not texts:
         raise UserError(f"{', '.join(map(str, args.text))}: no word to build a language model from")

@@ -18,6 +18,9 @@ from kdcore.recipes import Recipes
 from kdcore.teaching import Schedule
 from kdcore.trainer_config import TrainerConfig
 
+# of SentencePiece
+MOST_PIECES = 1 << 16
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -66,6 +69,10 @@ class UnitsConfig:
     kind: Literal["characters", "sentencepiece", "words"] = "characters"
     # of pieces
     size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MOST_PIECES:
+            raise ValueError(f"units.size: got {self.size}, wanted 1 to {MOST_PIECES} pieces")
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,15 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """What the report compares, on which part (None: on test), and which way is better."""
+
+    metric: Literal["wer", "cer", "ser", "wer_lm", "real_time_factor"] = "wer"
+    split: Literal["valid", "test"] | None = None
+    higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
 class SpeechConfig:
     """A whole run."""
 
@@ -196,8 +212,7 @@ class SpeechConfig:
     knowledge: dict[str, KnowledgeConfig] = field(default_factory=dict)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     seeds: list[int] = field(default_factory=lambda: [0])
-    # what the report compares
-    report: dict[str, Any] = field(default_factory=lambda: {"metric": "wer", "higher_is_better": False})
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     @property
     def heard_views(self) -> list[str]:

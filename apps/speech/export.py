@@ -46,7 +46,7 @@ from apps.speech.onnx_step import OnnxStep, inputs_of, windows
 from apps.speech.pipeline import Pipeline
 from apps.speech.units import Units
 from apps.speech.views import parse_view
-from kdcore.config import UserError
+from kdcore.config import UserError, build
 from kdcore.folders import check_target, replacing
 from kdcore.onnx_export import ParityError, check_parity, quantise_onnx, trace_onnx
 from kdcore.run import read_json, write_json, write_text
@@ -95,7 +95,8 @@ def export(
         licence: of the data, for the card; what is stated beside the recordings otherwise.
         only: ``int8`` or ``fp32`` keeps that model file alone, for a small download.
         chunk_ms: what one step hears, a multiple of 40 ms, instead of the chunk of training: short ones answer sooner,
-            long ones cost less. Only for a model that says the same in any chunk.
+            long ones cost less. For a model that says the same in any chunk, or that was trained with this one among
+            its ``chunks``; its error rates in them are then those of the clips alone.
 
     Raises:
         UserError: an unfinished run, a model that does not stream, a chunk that it was not trained for, or ``out``
@@ -111,13 +112,13 @@ def export(
         )
     facts = run_facts(pipeline, role, licence)
     if chunk_ms is not None:
-        _set_chunk(model, chunk_ms)
-        facts = replace(facts, delays={})  # which were measured in the chunks of training
+        # what was measured in other chunks is not said of these
+        facts = replace(facts, delays={}) if _set_chunk(model, chunk_ms) else _unmeasured(facts)
     # of the seed's own model: what a later evaluation wrote is not beside its copy at the top of the run
     beside = run / "seeds" / str(facts.seed) / role
     calibration, calibration_lm = (_calibration(beside / name) for name in CALIBRATIONS.values())
     file = beside / "delay.json"
-    delay_ms = int(read_json(file)["delay_ms"]) if file.exists() else 0
+    delay_ms = int(read_json(file, dict)["delay_ms"]) if file.exists() else 0
     decode = _decoding(pipeline, role, facts.seed)
     clips, name = _clips(pipeline), name or run.name
     given: dict[str, Any] = {"calibration": calibration, "calibration_lm": calibration_lm}
@@ -127,20 +128,32 @@ def export(
 
 
 def _calibration(file: Path) -> Calibration | None:
-    return Calibration(**read_json(file)) if file.exists() else None
+    return build(Calibration, read_json(file, dict), str(file)) if file.exists() else None
 
 
-def _set_chunk(model: StreamingModel, chunk_ms: int) -> None:
-    """Make a model work in other chunks; UserError for one whose answers, and so its error rates, depend on them."""
+def _unmeasured(facts: RunFacts) -> RunFacts:
+    """Return what is known of a model whose answers are others than those that were measured."""
+    return replace(facts, delays={}, rates=(), differences=())
+
+
+def _set_chunk(model: StreamingModel, chunk_ms: int) -> bool:
+    """Make a model work in other chunks; return whether its answers stay the same.
+
+    UserError where they do not, and it was not trained with such chunks.
+    """
     if chunk_ms % FRAME_MS or not FRAME_MS <= chunk_ms <= _LONGEST_CHUNK_MS:
         raise UserError(f"--chunk-ms: got {chunk_ms}, wanted a multiple of {FRAME_MS} up to {_LONGEST_CHUNK_MS}")
-    before, trained = model.look_ahead_ms, model.chunk_frames * FRAME_MS
+    before, chunk = model.look_ahead_ms, model.chunk_frames
+    trained = sorted({chunk, *getattr(model.options, "chunks", ())})
     model.options = replace(model.options, chunk=chunk_ms // FRAME_MS)
-    if model.look_ahead_ms != before:
+    same = model.look_ahead_ms == before
+    if not same and model.chunk_frames not in trained:
+        known = ", ".join(str(each * FRAME_MS) for each in trained)
         raise UserError(
-            f"--chunk-ms: {model.kind} was trained and measured in chunks of {trained} ms and looks ahead in them; "
-            "train one with another student.options.chunk"
+            f"--chunk-ms: got {chunk_ms}, but {model.kind} looks ahead in its chunks and was trained in those of "
+            f"{known} ms; train one with another student.options.chunk, or with several student.options.chunks"
         )
+    return same
 
 
 def export_model(

@@ -72,6 +72,8 @@ class FrameOptions:
             raise ValueError(f"blank_threshold: got {self.blank_threshold}, wanted a probability, or null for none")
         if not (math.isfinite(self.blank_weight) and self.blank_weight >= 0):
             raise ValueError(f"blank_weight: got {self.blank_weight}, wanted a finite weight >= 0")
+        if self.blank_weight and self.blank_threshold is None:
+            raise ValueError(f"blank_weight: got {self.blank_weight}, wanted a blank_threshold with it")
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text
     file = folder / "data" / "data.json"
     if not file.exists():
         _write(config, folder / "data", read_parts(config.data, announce))
-    about = read_json(file)
+    about = read_json(file, dict)
     for what, count in about["left_out"].items():
         announce(f"left out, {what}: {count}")
     for problem in about["problems"][:_NAMED]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from kdcore.config import UserError
-from kdcore.run import ROLES, read_log
+from kdcore.run import ROLES, read_json, read_log
 
 _ROW_KEYS = ("model", "role", "seed", "split", "metrics")
 
@@ -157,17 +156,7 @@ def _require(entry: Any, keys: Sequence[str], source: str | os.PathLike[str], wh
 
 
 def _read_json(file: Path, kind: type) -> Any:
-    if not file.exists():
-        return None
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{file}: got {type(value).__name__}, wanted {kind.__name__}")
-    return value
+    return read_json(file, kind) if file.exists() else None
 
 
 def _read_config(file: Path) -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,6 +188,10 @@ def test_what_is_written_reads_back_as_it_was(tmp_path_factory: pytest.TempPathF
     assert repr(read_yaml(file)) == repr(value)
 
 
+# ten times the list before, seven times
+BILLION = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefgh"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -195,6 +200,10 @@ def test_what_is_written_reads_back_as_it_was(tmp_path_factory: pytest.TempPathF
         ("- a\n", "wanted a mapping of settings, got list"),
         ("", "wanted a mapping of settings, got NoneType"),
         ("a: \x00", "c.yaml"),
+        ("a: &a [*a]\n", "refers to itself"),
+        ("a: &a {b: *a}\n", "refers to itself"),
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + BILLION, "holds more than 100,000 values"),
+        ("a: " + "[" * 5000, "nested too deeply"),
     ],
 )
 def test_unreadable_files_say_where(tmp_path: Path, text: str, message: str) -> None:

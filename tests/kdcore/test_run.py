@@ -301,3 +301,20 @@ def test_provenance_says_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert about["command"] == ["kd", "recsys", "run"]
     assert about["seeds"] == [1]
     assert {"python", "numpy", "torch", "lightning-fabric"} <= set(about["versions"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"x\.json: line 1, column 1: Expecting value"),
+        (b'{"a": 1', r"x\.json: line 1, column 8: Expecting"),
+        (b"\xff", r"x\.json: not UTF-8 text"),
+        (b"[" * 100_000, r"x\.json: nested too deeply"),
+        (b"5", r"x\.json: got int, wanted dict"),
+        (b"[]", r"x\.json: got list, wanted dict"),
+    ],
+)
+def test_a_damaged_json_file_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "x.json", dict)

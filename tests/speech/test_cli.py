@@ -21,7 +21,10 @@ from tests.speech.small_runs import SIZES
 def test_recipes_of_the_wing_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "--json"]) == 0
     rows = {row["recipe"]: row for row in json.loads(capsys.readouterr().out) if row["wing"] == "speech"}
-    assert {"ctc_sequence_level", "ctc_frame_level", "clean_to_noisy"} <= set(rows)
+    assert set(rows) == {
+        *("ctc_frame_level", "ctc_sequence_level", "ctc_segment_nbest", "ctc_guided", "teacher_ensemble"),
+        *("clean_to_noisy", "lstm_to_cnn", "transformer_layers", "attention_to_ctc", "event_detection_int8", "demo"),
+    }
     assert "Takashima" in rows["ctc_sequence_level"]["reference"]
 
 
@@ -123,6 +126,12 @@ def test_a_language_model_from_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["speech", "lm", "--text", str(tmp_path / "text.txt"), "--order", "2", "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert set(check_arpa(out)) == {1, 2} and "enter" in out.read_text(encoding="utf-8")
+    # as the transcripts of a run are written
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("data: {path: an4, text: {lower: false}}\n", encoding="utf-8")
+    words = ["speech", "lm", "--text", str(tmp_path / "text.txt"), "--order", "2", "--out", str(out), "--run"]
+    assert main([*words, str(tmp_path / "run")]) == 0 and "\tYes" in out.read_text(encoding="utf-8")
+    assert main([*words, str(tmp_path)]) == 2 and "config.yaml is missing" in capsys.readouterr().err
 
 
 def test_texts_without_a_word_are_named(

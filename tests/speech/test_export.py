@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,9 +297,16 @@ def test_the_chunk_is_chosen_where_the_text_does_not_depend_on_it(
             export(run_folder, "student", tmp_path / "none", chunk_ms=wrong)
     conformer = made(*MODELS["conformer"])
     monkeypatch.setattr("apps.speech.export.load_model", lambda folder: (conformer, UNITS))
-    with pytest.raises(UserError, match="chunked_conformer was trained and measured in chunks of 160 ms"):
+    with pytest.raises(UserError, match=r"got 80, but chunked_conformer .* was trained in those of 160 ms"):
         export(run_folder, "student", tmp_path / "none", chunk_ms=80)
     assert not (tmp_path / "none").exists()
+    # trained in several, it takes any of them, and what was measured in another is not said of it
+    conformer.options = replace(conformer.options, chunk=4, chunks=(2, 4))
+    out = export(run_folder, "student", tmp_path / "two", chunk_ms=80)
+    about, card = ExportedFolder.open(out), (out / "README.md").read_text(encoding="utf-8")
+    assert (about.chunk_ms, about.window_size, about.look_ahead_ms) == (80, 8, 40)
+    assert "intervals by bootstrap" not in card and "student − teacher" not in card
+    assert all(found.ok for found in check_folder(out))
 
 
 def test_a_run_of_an_earlier_version_is_exported(run_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import soundfile
 import torch
 from safetensors.numpy import load_file, save_file
 
+from apps.speech import fitting
 from apps.speech.checks import check_config
 from apps.speech.config import load_config, read_recipe, recipe_names
 from apps.speech.data.folds import NO_FOLD
+from apps.speech.distill import SpeechStep
 from apps.speech.fitting import ask
+from apps.speech.lessons import TeacherLessons
 from apps.speech.measure import Measurement, evaluate, shown_utterance
 from apps.speech.models import new_model
 from apps.speech.models.store import load_model
@@ -37,8 +42,41 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(tmp_path_factory.mktemp("speech") / "data", utterances=36)
 
 
+def students(monkeypatch: pytest.MonkeyPatch) -> list[SpeechStep]:
+    """Return the steps that a run will train its models by, as they come to be."""
+    made: list[SpeechStep] = []
+
+    class Kept(SpeechStep):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            made.append(self)
+
+    monkeypatch.setattr(fitting, "SpeechStep", Kept)
+    return made
+
+
+def moving(step: SpeechStep, epoch: int, rows: Sequence[int] | None = None) -> set[str]:
+    """Return the terms that move the student's weights in an epoch, each by itself; of ``rows`` alone if given."""
+    if rows is not None:
+        step.data = replace(step.data, rows=np.array(rows))
+    generator = torch.Generator().manual_seed(0)
+    step.begin_epoch(epoch, generator)
+    values = step(next(iter(step.batches(epoch, generator))))
+    weights = [each for each in step.student.parameters() if each.requires_grad]
+    found = set()
+    for name, value in values.items():
+        if step.weights[name] and value.requires_grad:
+            moves = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+            if any(each is not None and bool(each.abs().max() > 0) for each in moves):
+                found.add(name)
+    return found
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_runs_and_its_terms_act(recipe: str, data: Path, tmp_path: Path) -> None:
+def test_every_recipe_runs_and_its_terms_act(
+    recipe: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = students(monkeypatch)
     pipeline = small(recipe, data, tmp_path)
     rows = run(pipeline)
     assert [(row["role"], row["split"]) for row in rows] == [
@@ -59,6 +97,8 @@ def test_every_recipe_runs_and_its_terms_act(recipe: str, data: Path, tmp_path: 
     }
     acting = {name: value for name, value in taught[0].items() if not name.startswith("layers_1")}  # these begin later
     assert all(np.isfinite(value) and value != 0 for value in acting.values())
+    # each by itself moves the student's weights, those that begin later too
+    assert moving(steps[-1], 0) | moving(steps[-1], 8) == set(taught[0])
     one, other = (load_file(tmp_path / "run" / role / "model.safetensors") for role in ("student", "student_alone"))
     assert any(not np.array_equal(one[name], other[name]) for name in one)
     model, units = load_model(tmp_path / "run" / "student")
@@ -220,7 +260,10 @@ def fitted(folder: Path, member: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("combine", ["average", "switched"])
-def test_members_with_equal_settings_are_fitted_apart(combine: str, data: Path, tmp_path: Path) -> None:
+def test_members_with_equal_settings_are_fitted_apart(
+    combine: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = students(monkeypatch)
     member = {"kind": "bilstm", "options": SIZES["bilstm"], "trainer": TRAINER, "optimization": {"batch_frames": 1500}}
     alone = small("ctc_frame_level", data, tmp_path / "alone", teacher=member, views=[{}])
     teacher = {"members": [member, member], "combine": combine}
@@ -241,6 +284,15 @@ def test_members_with_equal_settings_are_fitted_apart(combine: str, data: Path, 
     np.testing.assert_allclose(np.exp(mean), (np.exp(first) + np.exp(second)) / 2, atol=1e-5)
     terms = [event["terms"] for event in read_log(tmp_path / "run" / "log.jsonl") if event["role"] == "student"]
     assert terms[0]["frame"] > 0
+    # what the student is told of an utterance: the average, or in each view what one of them says
+    lessons = next(step.lessons for step in steps if step.lessons is not None)
+    assert isinstance(lessons, TeacherLessons)
+    prepared = pipeline.prepared
+    told = [view.log_probs(0) for view in lessons.views]
+    wanted = [both] if combine == "average" else [both.alone(0), both.alone(1)]
+    for found, who in zip(told, wanted, strict=True):
+        said = who.ask(prepared, prepared.training_parts, "clean", [0])["log_probs"][0]
+        np.testing.assert_allclose(np.exp(found), np.exp(said), atol=2e-3)
 
 
 def test_seeds_of_members_differ_by_place_and_seed() -> None:
@@ -352,7 +404,10 @@ def test_what_nobody_wrote_down_is_spoken_of_by_the_teacher_itself(data: Path, t
         assert np.allclose(said[row], own[row], atol=1e-5) is (row < 3)
 
 
-def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_path: Path) -> None:
+def test_unlabelled_recordings_are_taught_by_the_teacher_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = students(monkeypatch)
     small("ctc_sequence_level", data, tmp_path)
     # recordings of nobody else's part
     other = simulate(tmp_path / "other", utterances=12, seed=7)
@@ -364,6 +419,9 @@ def test_unlabelled_recordings_are_taught_by_the_teacher_alone(data: Path, tmp_p
     pipeline.distill(0)
     rows = pipeline.prepared.training(["clean"])
     assert rows.labels[-1] is None and rows.labels[0] is not None
+    # of recordings without a text alone, its hypotheses and posteriors move the student, and no label does
+    unlabelled = [row for row, labels in enumerate(rows.labels) if labels is None]
+    assert moving(steps[-1], 0, unlabelled) == {"sequence", "frame"}
     about = {
         role: read_json(tmp_path / "run" / "seeds" / "0" / role / "model.json") for role in ("student", "student_alone")
     }
@@ -402,6 +460,19 @@ def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None
         ({"seeds": [0, 0]}, "distinct seeds"),
         ({"seeds": [-1]}, "seeds of 0 or more"),
         ({"seeds": []}, "at least one"),
+        ({"seeds": [10**20]}, r"^seeds: got \[10+\], wanted .* below 2\^63"),
+        ({"teacher": {"seed": 2**63}}, r"^teacher\.seed: got \d+, wanted 0 or more, below 2\^63"),
+        ({"test_view": None}, "'test_view': got nothing, wanted a value"),
+        ({"views": [{"student": None}]}, r"'views\.0\.student': got nothing, wanted a value"),
+        ({"student": {"kind": None}}, r"'student\.kind': got nothing, wanted a value"),
+        ({"student": {"kind": "conv_rnn", "options": {"size": ["tiny"]}}}, r"conv_rnn has no size \['tiny'\]"),
+        ({"units": {"kind": "sentencepiece", "size": 10**11}}, r"units\.size: got 10+, wanted 1 to 65536 pieces"),
+        ({"report": {"metric": "wre"}}, r'report\.metric": Expected .*Got value: wre'),
+        ({"report": {"metrc": "wer"}}, r"unknown setting 'report\.metrc', did you mean metric"),
+        (
+            {"report": {"metric": "wer_lm"}, "decode": {"order": 0}},
+            r"^report\.metric: got wer_lm, wanted decode\.order",
+        ),
         ({"teacher": {"seed": -1}}, r"^teacher\.seed: got -1, wanted 0 or more"),
         ({"data": {"path": "x", "valid_speakers": 0}}, r"data\.valid_speakers: got 0, wanted 1 or more"),
         ({"data": {"path": "x", "split_seed": -1}}, r"data\.split_seed: got -1, wanted 0 or more"),
@@ -422,6 +493,12 @@ def test_bad_recordings_are_named_or_counted(data: Path, tmp_path: Path) -> None
         ({"teacher": {"members": [{}], "path": "/nowhere"}}, r"^teacher\.path: got '/nowhere', wanted nothing beside"),
         ({"teacher": {"members": [{}, {}], "guided": 1.0}}, r"^teacher\.guided: got 1\.0, wanted nothing beside"),
         ({"teacher": {"members": [{}, {}], "quantize": "int8"}}, r"^teacher\.quantize: got 'int8', wanted nothing"),
+        ({"teacher": {"members": [{}, {}], "trainer": {"max_epochs": 3}}}, r"^teacher\.trainer: got .* wanted nothing"),
+        ({"teacher": {"members": [{}, {}], "augment": None}}, r"^teacher\.augment: got None, wanted nothing beside"),
+        (
+            {"teacher": {"members": [{}, {}], "combine": "switched", "by": "confidence"}},
+            r"^teacher\.by: got confidence, wanted it with combine: average",
+        ),
         ({"teacher": {"members": [{}], "combine": "switched"}}, r"^teacher\.combine: got switched, .* at least two"),
         ({"teacher": {"by": "confidence"}}, r"^teacher\.by: got confidence, wanted it with at least two"),
         (

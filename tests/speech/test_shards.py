@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from apps.speech.data.formats import read_corpus
 from apps.speech.data.manifest import Row, collect
 from apps.speech.data.shards import shard_paths, shard_rows, write_shards
-from apps.speech.data.utterance import STORED, Corpus, Tally, Utterance, loaded
+from apps.speech.data.utterance import STORED, Corpus, LeftOut, Tally, Utterance, loaded
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
 from tests.speech.small_runs import small
@@ -114,7 +115,7 @@ def test_a_shard_that_changed_since_is_named(written: list[Path], tmp_path: Path
         stored.load(stored.utterances[0])
 
 
-@pytest.mark.parametrize("place", [(-1, 5), (0, 0), (0, 1 << 40), ("0", 5), (None, 5), (True, 5)])
+@pytest.mark.parametrize("place", [(-1, 5), (0, 0), (0, 1 << 40), (10**30, 5), ("0", 5), (None, 5), (True, 5)])
 def test_places_that_cannot_be_are_refused(written: list[Path], place: tuple[object, object]) -> None:
     odd = Utterance("x", written[0].name, "x", 1.0, "", dict(zip(STORED, ("a.flac", *place), strict=True)))
     with pytest.raises(UserError, match=r"x: stored_at, stored_bytes: got .*, wanted bytes"):
@@ -283,3 +284,8 @@ def test_audio_that_cannot_be_read_is_left_out_and_counted(corpus: Corpus, tmp_p
     assert not (tmp_path / "a" / "shards.json").exists()
     assert ids(write_shards(some, tmp_path / "b", skip_bad=True)) == ["u0", "u1"]
     assert json.loads((tmp_path / "b" / "shards.json").read_text())["left_out"] == {"bad audio": 1}
+    # beside what was left out when the corpus was read
+    read = replace(some, left_out=(LeftOut("unreadable row", None, 2), LeftOut("bad audio", "train", 3)))
+    write_shards(read, tmp_path / "c", skip_bad=True)
+    counted = json.loads((tmp_path / "c" / "shards.json").read_text())["left_out"]
+    assert counted == {"unreadable row": 2, "bad audio": 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from apps.speech.data.formats import pattern_files
@@ -24,15 +25,16 @@ def _files(source: Path) -> Iterator[tuple[str, int, int]]:
     if source.is_dir():
         waiting, seen = [os.fspath(source)], {os.path.realpath(source)}
         while waiting:
-            with os.scandir(waiting.pop()) as entries:
+            # a folder that may not be read, or a link that leads to itself, holds nothing that was read
+            with suppress(OSError), os.scandir(waiting.pop()) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    with suppress(OSError):
+                        if entry.is_file():
+                            yield _about(entry.path[len(os.fspath(source)) :], entry.stat())
                         # a link may lead back
-                        if (real := os.path.realpath(entry.path)) not in seen:
+                        elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in seen:
                             seen.add(real)
                             waiting.append(entry.path)
-                    elif entry.is_file():
-                        yield _about(entry.path[len(os.fspath(source)) :], entry.stat())
         return
     for file in [source] if source.is_file() else pattern_files(source):
         yield _about(file.name, file.stat())

@@ -23,7 +23,7 @@ import numpy as np
 from apps.speech.audio import decode_audio
 from apps.speech.data.formats import AUDIO_SUFFIXES, pattern_files
 from apps.speech.data.manifest import Row, inside
-from apps.speech.data.utterance import LARGEST_STORED, STORED, BadRow, Corpus, Tally, Utterance, loaded
+from apps.speech.data.utterance import LARGEST_STORED, STORED, BadRow, Corpus, Tally, Utterance, by_reason, loaded
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
 from kdcore.run import atomic_path, write_json
@@ -73,7 +73,8 @@ def write_shards(
     for left in set(root.glob("shard-*.tar")) - set(written):  # of a longer run that was killed
         left.unlink()
     index = {"shards": [path.name for path in written], "utterances": count, "seconds": round(seconds, 3)}
-    write_json(root / INDEX, {**index, "fingerprint": corpus.fingerprint, "left_out": dict(tally.counts)})
+    left_out = by_reason((*corpus.left_out, *tally.left_out))
+    write_json(root / INDEX, {**index, "fingerprint": corpus.fingerprint, "left_out": left_out})
     return written
 
 

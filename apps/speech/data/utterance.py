@@ -25,6 +25,8 @@ SUBSAMPLING = 4  # feature frames to a frame of the acoustic models
 # where in a file, a tar shard, an utterance's audio is stored: its name there, its first byte and its length
 STORED = ("stored_as", "stored_at", "stored_bytes")
 LARGEST_STORED = 1 << 28
+# where in a file its bytes may begin
+_FURTHEST = 1 << 62
 # what sources call the fields of an utterance: never a name in ``extra``
 FIELDS = ("id", "audio_filepath", "path", "audio", "text", "duration", "speaker", "speaker_id")
 # names in ``extra`` that mean something here
@@ -170,8 +172,11 @@ def _stored(path: Path, utterance: Utterance) -> np.ndarray:
     """Return the samples of an utterance that is a member of a shard."""
     name, start, count = (utterance.extra.get(each) for each in STORED)
     where = f"{path}: member {ascii(str(name))[1:-1]}"
-    if type(start) is not int or type(count) is not int or not 0 < count <= LARGEST_STORED or start < 0:
-        raise UserError(f"{path}: {utterance.id}: {', '.join(STORED[1:])}: got {start!r}, {count!r}, wanted bytes")
+    wrong = f"{path}: {utterance.id}: {', '.join(STORED[1:])}: got {start!r}, {count!r}, wanted bytes"
+    if type(start) is not int or type(count) is not int:
+        raise UserError(wrong)
+    if not 0 < count <= LARGEST_STORED or not 0 <= start < _FURTHEST:
+        raise UserError(wrong)
     try:
         with open(path, "rb") as handle:
             handle.seek(start)

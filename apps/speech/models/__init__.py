@@ -58,9 +58,9 @@ def model_options(kind: str, options: Mapping[str, Any]) -> Any:
     if size is not None and not sizes:
         known = ", ".join(each.name for each in fields(KINDS[kind][1]))
         raise UserError(f"options.size: got {size!r}, but {kind} has no sizes; wanted any of its options: {known}")
-    if size is not None and size not in sizes:
+    if size is not None and size not in list(sizes):  # which may be of any type, a list too
         raise UserError(f"options.size: {kind} has no size {size!r}, {nearest(str(size), sizes)}")
-    of_size = dict(sizes.get(size, {}))
+    of_size = {} if size is None else dict(sizes[size])
     if kind == ConvRnn.kind and given.get("cell") == "gru" and size in _GRU_HIDDEN:
         of_size["hidden"] = _GRU_HIDDEN[size]
     return build(KINDS[kind][1], {**of_size, **given}, "options")
