@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from apps.cli import main
+from apps.speech import cli
 from apps.speech.config import load_config
 from apps.speech.decode.lm import check_arpa
 from data_scripts.simulate_speech import simulate
@@ -26,6 +28,24 @@ def test_recipes_of_the_wing_are_listed(capsys: pytest.CaptureFixture[str]) -> N
         *("clean_to_noisy", "lstm_to_cnn", "transformer_layers", "attention_to_ctc", "event_detection_int8", "demo"),
     }
     assert "Takashima" in rows["ctc_sequence_level"]["reference"]
+
+
+def test_the_demo_of_the_wing_ends_with_a_table_a_transcript_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is, but of fewer recordings and with tiny models of one epoch."""
+    monkeypatch.chdir(tmp_path)
+    less = partial(simulate, utterances=36)
+    monkeypatch.setattr("data_scripts.simulate_speech.simulate", less)
+    whole, tiny = cli.main, [f"--{side}.trainer.max_epochs=1" for side in ("teacher", "student")]
+    tiny += ["--decode.beam=4", "--decode.lm_weights=[1.0]", "--decode.word_scores=[0.0]"]
+    tiny += [f"--teacher.options={json.dumps(SIZES['bilstm'])}", f"--student.options={json.dumps(SIZES['conv_rnn'])}"]
+    monkeypatch.setattr(cli, "main", lambda words: whole([*words, *tiny]))
+    assert main(["demo", "speech"]) == 0
+    said = capsys.readouterr().out
+    told = ("Teacher", "Student, ", "(alone)", "REF: ", "HYP: ", "these figures are on simulated data", "report.html")
+    assert [each for each in told if each not in said] == []
+    assert (tmp_path / "runs" / "demo" / "speech" / "report.html").exists()
 
 
 @pytest.mark.parametrize("verb", ["prepare", "teach", "distill", "evaluate", "run", "shards", "lm", "bench"])

@@ -1,8 +1,8 @@
 """Several teachers as one: their posteriors averaged frame by frame.
 
 An average of CTC posteriors is of use where the teachers put their spikes at the same frames: those trained under one
-guide do (Kurata and Audhkhasi, 2019). Others are better switched, one of them for each utterance (Fukuda et al., 2017),
-which is ``teacher.combine: switched``.
+guide do (Kurata and Audhkhasi, 2019). Others are better switched (Fukuda et al., 2017), which is ``teacher.combine:
+switched``: one of them for each utterance and epoch, where the paper has one for each batch.
 """
 
 from __future__ import annotations
