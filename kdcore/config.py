@@ -50,17 +50,34 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return ``values`` with ``("a.b", "text")`` overrides set; texts are read as YAML (``1e-3`` is a number)."""
-    result = _copy(values)
+    """Return ``values`` with ``("a.b", "text")`` overrides set; texts are read as YAML (``1e-3`` is a number).
+
+    A number names a place of a list that is there: ``views.0.student``.
+
+    Raises:
+        UserError: a list has no such place.
+    """
+    result: dict[str, Any] = _copy(values)
     for path, text in overrides:
         *parents, last = path.split(".")
-        target = result
+        target: Any = result
         for name in parents:
-            if not isinstance(target.get(name), dict):
-                target[name] = {}
-            target = target[name]
-        target[last] = parse_value(text)
+            place = _place(target, name, path)
+            known = target[place] if isinstance(target, list) else target.get(name)
+            if not isinstance(known, dict | list):
+                known = target[place] = {}
+            target = known
+        target[_place(target, last, path)] = parse_value(text)
     return result
+
+
+def _place(target: dict[str, Any] | list[Any], name: str, path: str) -> Any:
+    """Return the key or the index that a name of an override stands for."""
+    if isinstance(target, dict):
+        return name
+    if not name.isdecimal() or len(name) > 9 or int(name) >= len(target):
+        raise UserError(f"--{path}: got {name!r}, wanted a place of the list, 0 to {len(target) - 1}")
+    return int(name)
 
 
 def parse_value(text: str) -> Any:

@@ -229,6 +229,15 @@ def test_overrides_reach_into_and_make_sections_without_touching_the_original() 
     assert values == {"a": {"b": 1, "c": [1]}, "d": "text"}
 
 
+def test_overrides_reach_into_lists() -> None:
+    values = {"a": [{"b": 1}, {"c": {"d": 2}}, 3]}
+    changed = apply_overrides(values, [("a.0.b", "5"), ("a.1.c.e", "6"), ("a.2", "text"), ("a.1.f.g", "7")])
+    assert changed == {"a": [{"b": 5}, {"c": {"d": 2, "e": 6}, "f": {"g": 7}}, "text"]}
+    for path in ("a.3", "a.-1.b", "a.x.b", f"a.{'9' * 5000}"):
+        with pytest.raises(UserError, match=r"wanted a place of the list, 0 to 2"):
+            apply_overrides(values, [(path, "1")])
+
+
 def test_nearest_names() -> None:
     assert nearest("studnt", ["student", "teacher"]) == "did you mean student?"
     assert nearest("zzz", ["b", "a"]) == "wanted one of a, b"
