@@ -6,7 +6,6 @@ made from, and a folder made from the same is not made again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ def description(folder: Path) -> dict[str, Any] | None:
     """Return what ``dataset.json`` says of a prepared folder, None if there is no readable one."""
     try:
         found = read_json(Path(folder) / DESCRIPTION)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

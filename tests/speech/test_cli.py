@@ -38,7 +38,9 @@ def test_the_demo_of_the_wing_ends_with_a_table_a_transcript_and_a_report(
     less = partial(simulate, utterances=36)
     monkeypatch.setattr("data_scripts.simulate_speech.simulate", less)
     whole, tiny = cli.main, [f"--{side}.trainer.max_epochs=1" for side in ("teacher", "student")]
+    # beside other tests, threads wait for one another
     tiny += ["--decode.beam=4", "--decode.lm_weights=[1.0]", "--decode.word_scores=[0.0]"]
+    tiny += ["--teacher.trainer.threads=1", "--student.trainer.threads=1"]
     tiny += [f"--teacher.options={json.dumps(SIZES['bilstm'])}", f"--student.options={json.dumps(SIZES['conv_rnn'])}"]
     monkeypatch.setattr(cli, "main", lambda words: whole([*words, *tiny]))
     assert main(["demo", "speech"]) == 0
@@ -88,6 +90,7 @@ def test_a_run_of_the_commands_from_recordings_to_report(
     tiny = []
     for role, kind in (("teacher", "bilstm"), ("student", "conv_rnn")):
         tiny += [f"--{role}.options", json.dumps(SIZES[kind]), f"--{role}.trainer.max_epochs", "1"]
+        tiny += [f"--{role}.trainer.threads", "1"]
     tiny += ["--decode.beam", "4", "--decode.lm_weights", "[1.0]", "--decode.word_scores", "[0.0]"]
     assert main(["speech", "run", *tiny]) == 0
     out = tmp_path / "runs" / "demo-simulated-speech"
