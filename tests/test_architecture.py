@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,26 @@ def sources() -> list[Path]:
     return sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
 
+@lru_cache(maxsize=1024)
+def parsed(text: str) -> ast.Module:
+    """Each source is read once for all rules."""
+    return ast.parse(text)
+
+
+@lru_cache(maxsize=1024)
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
 def trees() -> Iterator[tuple[str, ast.Module]]:
     for file in sources():
-        yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+        yield file.relative_to(ROOT).as_posix(), parsed(file.read_text(encoding="utf-8"))
 
 
 def imported(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield line and dotted name of every import, those inside functions and relative ones as well."""
     package = name.removesuffix(".py").split("/")[:-1]
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -94,7 +106,7 @@ def forbidden_calls() -> Iterator[str]:
         for line, dotted in imported(name, tree):
             if any(below(dotted, each) for each in NEVER_IMPORTED) or dotted in NEVER_CALLED:
                 yield f"{name}:{line}: imports {dotted}"
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.Assert):
                 yield f"{name}:{node.lineno}: assert (python -O removes it; raise instead)"
             elif isinstance(node, ast.Call) and (called := dotted_name(node.func)) in NEVER_CALLED:
@@ -120,7 +132,7 @@ def too_long() -> Iterator[str]:
         lines = len(text.splitlines())
         if lines > MODULE_LINES:
             yield f"{name}: {lines} lines"
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(parsed(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > FUNCTION_LINES:
