@@ -320,13 +320,16 @@ def _add_shards(verbs: Any) -> None:
 
 def _shards(args: argparse.Namespace) -> int:
     from apps.speech.data.corpora import Sources
-    from apps.speech.data.shards import write_shards
+    from apps.speech.data.shards import INDEX, write_shards
+    from kdcore.run import read_json
 
     if args.per_shard < 1:
         raise UserError(f"--per-shard: got {args.per_shard}, wanted at least 1")
     sources = Sources(skip_bad=args.skip_bad, several=len(args.data) > 1)
     for path in write_shards(sources.whole(args.data), args.out, per_shard=args.per_shard, skip_bad=args.skip_bad):
         print(path)
+    for reason, count in read_json(args.out / INDEX, dict)["left_out"].items():
+        print(f"left out, {reason}: {count}", file=sys.stderr)
     return 0
 
 

@@ -195,6 +195,14 @@ def test_several_corpora_as_shards_and_back(tmp_path: Path, capsys: pytest.Captu
     trained = [len((tmp_path / name / "train.jsonl").read_text().splitlines()) for name in "ab"]
     assert rows["train"]["utterances"] == sum(trained) < 44 and rows["train"]["speakers"] > rows["test"]["speakers"]
     assert main(["speech", "shards", "--data", first, "--per-shard", "0", "--out", out]) == 2
+    # what is bad is counted, whether its row or its audio is
+    manifest = tmp_path / "a" / "some.jsonl"
+    lines = (tmp_path / "a" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    gone = {**json.loads(lines[0]), "id": "gone", "audio_filepath": "gone.wav"}
+    manifest.write_text("\n".join([*lines, "{", json.dumps(gone)]), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["speech", "shards", "--data", str(manifest), "--skip-bad", "--out", str(tmp_path / "some")]) == 0
+    assert sorted(capsys.readouterr().err.splitlines()) == ["left out, no audio: 1", "left out, unreadable row: 1"]
 
 
 def test_prepare_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
