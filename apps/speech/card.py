@@ -419,7 +419,10 @@ def stated_licence(folder: Path) -> str | None:
     """Return the licence that a corpus states in ``dataset.json``, or in a line "Licence: ..." of its description."""
     about = folder / "dataset.json"
     if about.is_file():
-        values = read_json(about)
+        try:
+            values = read_json(about)
+        except (OSError, ValueError):  # a file of that name may be of anything else
+            values = None
         for name in ("licence", "license"):
             if isinstance(values, dict) and isinstance(values.get(name), str) and values[name].strip():
                 return str(values[name]).strip()

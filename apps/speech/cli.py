@@ -350,8 +350,6 @@ def _lm(args: argparse.Namespace) -> int:
     from apps.speech.decode.ngram import read_sentences, write_arpa
     from apps.speech.text import TextRules
 
-    if args.run and not (args.run / "config.yaml").exists():
-        raise UserError(f"--run: {args.run}: no run here (config.yaml is missing)")
     if not MIN_ORDER <= args.order <= MAX_ORDER:
         raise UserError(f"--order: got {args.order}, wanted {MIN_ORDER} to {MAX_ORDER}")
     if args.run:

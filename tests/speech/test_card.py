@@ -135,6 +135,7 @@ def test_the_program_runs_a_model_that_is_there() -> None:
         ("README.md", "**License:** MIT\n", "MIT"),
         ("dataset.json", '{"license": "CC0-1.0"}', "CC0-1.0"),
         ("dataset.json", '{"license": 3}', None),
+        ("dataset.json", "{of something else", None),
         ("README.md", "The licence is not known to us.\nLicence:\n\n", None),
         ("NOTES", "Licence: MIT\n", None),
     ],
