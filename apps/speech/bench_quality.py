@@ -99,10 +99,13 @@ def between(pipelines: Mapping[str, Pipeline]) -> dict[str, dict[str, Any]]:
 
 
 def share(source: Path, target: Path, seeds: Sequence[int]) -> None:
-    """Give a run what it has in common with another: data, features, the teacher and what it said, students alone.
+    """Give a run what it has in common with another: features, the teacher and what it said, students alone.
 
     A run looks at the keys of what it finds: what is not of its own settings is made again.
     """
-    for name in ("data", "features", "seeds/shared", *(f"seeds/{seed}/student_alone" for seed in seeds)):
+    for name in ("features", "seeds/shared", *(f"seeds/{seed}/student_alone" for seed in seeds)):
         if (source / name).exists() and not (target / name).exists():
-            shutil.copytree(source / name, target / name, copy_function=os.link)
+            partial = (target / name).with_name(f".{Path(name).name}.tmp")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / name, partial, copy_function=os.link)
+            os.replace(partial, target / name)

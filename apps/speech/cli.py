@@ -346,7 +346,7 @@ def _add_lm(verbs: Any) -> None:
 
 
 def _lm(args: argparse.Namespace) -> int:
-    from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER
+    from apps.speech.decode.lm import MARKERS, MAX_ORDER, MIN_ORDER
     from apps.speech.decode.ngram import read_sentences, write_arpa
     from apps.speech.text import TextRules
 
@@ -358,7 +358,13 @@ def _lm(args: argparse.Namespace) -> int:
         rules = load_config(file=args.run / "config.yaml").data.text
     else:
         rules = TextRules()
-    texts = [text for file in args.text for line in read_sentences(file) if (text := rules.normalise(line))]
+    texts = []
+    for file in args.text:
+        for number, line in enumerate(read_sentences(file), start=1):
+            text = rules.normalise(line)
+            if marker := next((word for word in text.split() if word in MARKERS), None):
+                raise UserError(f"{file}, line {number}: got {marker}, wanted words (a model has that by itself)")
+            texts += [text] if text else []
     if not texts:
         raise UserError(f"{', '.join(map(str, args.text))}: no word to build a language model from")
     write_arpa(args.out, texts, args.order)

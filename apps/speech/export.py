@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from apps.speech.models.base import FRAME_MS, SUBSAMPLING
 from apps.speech.models.store import load_model
 from apps.speech.onnx_step import OnnxStep, inputs_of, windows
 from apps.speech.pipeline import Pipeline
+from apps.speech.text import TextRules
 from apps.speech.units import Units
 from apps.speech.views import parse_view
 from kdcore.config import UserError, build
@@ -122,7 +123,7 @@ def export(
     decode = _decoding(pipeline, role, facts.seed)
     clips, name = _clips(pipeline), name or run.name
     given: dict[str, Any] = {"calibration": calibration, "calibration_lm": calibration_lm}
-    given |= {"delay_ms": delay_ms, "decode": decode}
+    given |= {"delay_ms": delay_ms, "decode": decode, "text": pipeline.config.data.text}
     export_model(model, units, out, clips, name, **given, run=facts, only=only)
     return out
 
@@ -167,6 +168,7 @@ def export_model(
     calibration_lm: Calibration | None = None,
     delay_ms: int = 0,
     decode: Mapping[str, Any] | None = None,
+    text: TextRules | None = None,
     run: RunFacts | None = None,
     only: str | None = None,
 ) -> None:
@@ -175,10 +177,10 @@ def export_model(
     Options:
         clips: recordings on which parity is proved and both models are compared, the first thousand; one of them
             becomes the self-test.
-        calibration: what makes confidences of best paths probabilities.
-        calibration_lm: the same of words of a lexicon and a language model.
+        calibration, calibration_lm: what makes confidences probabilities, of best paths and of words of a lexicon.
         delay_ms: how long after a word the model emits it.
         decode: settings of use in decoding, as they are stored.
+        text: how the transcripts of training were normalised; the default rules otherwise.
         run: what the card says of data, training and accuracy.
         only: as ``export``; the other model is compared with all the same.
 
@@ -213,8 +215,8 @@ def export_model(
         )
         write_text(folder / CARD, render(card))
         about = {**_about(card, calibration, calibration_lm), "delay_ms": delay_ms, "decode": dict(decode or {})}
-        test = {"audio": CLIP, "text": card.clip_texts}
-        write_json(folder / ABOUT, {**about, "self_test": test, "files": _checksums(folder)})
+        about |= {"text": asdict(text or TextRules()), "self_test": {"audio": CLIP, "text": card.clip_texts}}
+        write_json(folder / ABOUT, {**about, "files": _checksums(folder)})
 
 
 def _begun(clips: Iterable[Clip]) -> tuple[list[Clip], Iterator[Clip]]:

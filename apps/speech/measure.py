@@ -15,6 +15,7 @@ import torch
 
 from apps.speech import fitting
 from apps.speech.calibration import CALIBRATIONS, expected_calibration_error, word_outcomes
+from apps.speech.config import TeacherConfig
 from apps.speech.data.batches import neighbours
 from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.ctc import Hypothesis
@@ -32,6 +33,7 @@ from apps.speech.latency import (
     summarise,
 )
 from apps.speech.memory import model_memory
+from apps.speech.models import pretrained
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model, model_bytes
 from apps.speech.pipeline import FOLDS, Cell, Pipeline
@@ -362,7 +364,7 @@ def _row(
     metrics: Mapping[str, float],
     **more: Any,
 ) -> dict[str, Any]:
-    about = _about(cell, measurement.config.teacher.folds)
+    about = _about(cell, measurement.config.teacher)
     return metric_row(
         domain="speech",
         recipe=measurement.config.recipe,
@@ -379,15 +381,21 @@ def _row(
     )
 
 
-def _about(cell: Cell, folds: int) -> dict[str, Any]:
-    """Return size and cost of a model; of an ensemble those of all its members, and what a teacher's folds cost."""
+def _about(cell: Cell, teacher: TeacherConfig) -> dict[str, Any]:
+    """Return size and cost of a model; of an ensemble those of all its members, and what a teacher's folds cost.
+
+    A pretrained one has a size; what it cost is not known here.
+    """
+    mine = cell.role == "teacher"
     folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
     folders = [folder for folder in folders if (folder / "model.json").exists()]
-    others = [cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in range(folds if cell.role == "teacher" else 0)]
+    others = [cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in range(teacher.folds if mine else 0)]
     fitted = [read_json(folder / "model.json") for folder in (*folders, *others)]
     costs = {name: sum(one[name] for one in fitted) for name in ("train_seconds", "train_cpu_seconds")}
-    parameters = sum(one["parameters"] for one in fitted[: len(folders)])
-    return {**costs, "parameters": parameters, "bytes": sum(map(model_bytes, folders))}
+    sizes = [(one["parameters"], model_bytes(folder)) for one, folder in zip(fitted, folders, strict=False)]
+    sizes += [pretrained.size(each.path) for each in (teacher.members or [teacher]) if mine and each.path]
+    parameters, size = map(sum, zip(*sizes, strict=True))
+    return {**costs, "parameters": parameters, "bytes": size}
 
 
 def _label(pipeline: Pipeline, cell: Cell) -> str:

@@ -21,7 +21,7 @@ from apps.speech.checks import check_config
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, alone_config
 from apps.speech.data.folds import speaker_folds
 from apps.speech.data.utterance import Utterance
-from apps.speech.distill import Lessons
+from apps.speech.distill import Lessons, Utterances
 from apps.speech.knowledge import Pair
 from apps.speech.models import AcousticModel
 from apps.speech.models.ensemble import Member
@@ -89,7 +89,8 @@ class Pipeline:
         """The data of the run, read and checked at the first call; configuration and provenance are written then."""
         with processes.first_process_first():
             known = self._reopened or self.run.refuse_other(resolved(self.config), SpeechConfig)
-            found = prepare(self.config, self.run.path, self.announce)
+            # what a command left behind that was refused, or killed, is of settings that nobody wrote down
+            found = prepare(self.config, self.run.path, self.announce, anew=not known)
             if self.config.teacher.folds:
                 # too many are refused before the settings are written, and before anything is fitted
                 self._announce_folds(found, speaker_folds(_trained(found), self.config.teacher.folds))
@@ -267,13 +268,7 @@ class Pipeline:
         if processes.agree(belongs(folder, key)):
             return
         prepared = self.prepared
-        data = prepared.training(views)
-        if labelled or role == "teacher":
-            data = data.with_texts(as_long=labelled)
-        if without is not None:
-            data = replace(data, rows=np.setdiff1d(data.rows, without.rows))
-            if not len(data.rows):
-                raise UserError(f"teacher.folds: nothing is left to train on {without.name}; wanted other folds")
+        data = self._data(role, views, labelled, without)
         valid = prepared.store("valid", self.config.tested_view(role))
         which = f", {without.name}" if without else ""
         self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind}{which})")
@@ -304,6 +299,20 @@ class Pipeline:
                 validation=fitted.validation,
             )
         processes.barrier()
+
+    def _data(self, role: str, views: Sequence[str], labelled: bool, without: Without | None) -> Utterances:
+        """Return what the model of a cell is trained on, as ``_fit`` says; UserError if that is nothing."""
+        data = self.prepared.training(views)
+        if labelled or role == "teacher":
+            data = data.with_texts(as_long=labelled)
+        if without is not None:
+            data = replace(data, rows=np.setdiff1d(data.rows, without.rows))
+            if not len(data.rows):
+                raise UserError(f"teacher.folds: nothing is left to train on {without.name}; wanted other folds")
+        if not len(data.rows):
+            heard = ", ".join(dict.fromkeys(views))
+            raise UserError(f"views: no utterance is left to train the {role.replace('_', ' ')} on, heard as {heard}")
+        return data
 
     def _key(self, role: str, seed: int, settings: dict[str, Any]) -> str:
         # a teacher does not depend on what students hear, nor a student alone on what the teacher does

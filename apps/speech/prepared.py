@@ -23,6 +23,7 @@ from apps.speech.features import TAIL_MS, VERSION, with_tail
 from apps.speech.models.huggingface import longest_heard
 from apps.speech.units import Units, train_sentencepiece, train_words
 from apps.speech.views import parse_view
+from kdcore.config import UserError
 from kdcore.run import fingerprint, read_json, write_json
 
 # utterances of training, then those without a text: one list of rows
@@ -156,13 +157,19 @@ def _remarks(remarks: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(found) or "good"
 
 
-def prepare(config: SpeechConfig, folder: Path, announce: Announce = lambda text: None) -> Prepared:
+def prepare(
+    config: SpeechConfig, folder: Path, announce: Announce = lambda text: None, *, anew: bool = False
+) -> Prepared:
     """Return the data of a run; it is read and checked at the first call and kept in the run's folder.
 
     What was left out is said each time, and whether a corpus, or a folder of a view, has changed since it was read.
+    ``anew`` reads it whatever is there.
+
+    Raises:
+        UserError: as ``read_parts``, or a text or an utterance that no model can be trained on.
     """
     file = folder / "data" / "data.json"
-    if not file.exists():
+    if anew or not file.exists():
         _write(config, folder / "data", read_parts(config.data, announce))
     about = read_json(file, dict)
     for what, count in about["left_out"].items():
@@ -204,11 +211,14 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
         if part == "train":
             corpus, problems = spellable(corpus, units, config.data.text, skip_bad=config.data.skip_bad)
             short += problems
+            if not corpus.utterances:
+                raise UserError(f"train: no utterance is left to train on (first problem: {short[0]})")
         if config.teacher.pretrained:
             seconds = longest_heard(config.taught_views(part))
             corpus = no_longer(part, corpus, seconds, skip_bad=config.data.skip_bad and part in TRAINING)
         corpora[part] = corpus
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.json").unlink(missing_ok=True)
     units.save(folder)
     for part, corpus in corpora.items():
         write_manifest(folder / f"{part}.jsonl", corpus)

@@ -96,7 +96,7 @@ class Recognizer:
         self.folder = ExportedFolder.open(folder)
         # files of two exports may be of one size
         self.folder.verify(TOKENS, self.folder.model(int8).name)
-        self.symbols = Symbols(self.folder.symbols)
+        self.symbols = Symbols(self.folder.symbols, self.folder.text)
         decoding = decoding or Decoding()
         given = self.folder.calibration(lexicon=bool(decoding.grammar or decoding.lm))
         calibration = Calibration(given["slope"], given["offset"]) if given else None

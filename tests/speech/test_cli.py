@@ -154,6 +154,10 @@ def test_a_language_model_from_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "run" / "config.yaml").write_text("data: {path: an4, text: {lower: false}}\n", encoding="utf-8")
     words = ["speech", "lm", "--text", str(tmp_path / "text.txt"), "--order", "2", "--out", str(out), "--run"]
     assert main([*words, str(tmp_path / "run")]) == 0 and "\tYes" in out.read_text(encoding="utf-8")
+    (tmp_path / "marks.txt").write_text("yes\n\nno <unk>\n", encoding="utf-8")
+    (tmp_path / "run" / "config.yaml").write_text("data: {path: an4, text: {strip_punctuation: false}}\n", "utf-8")
+    assert main([*words, str(tmp_path / "run"), "--text", str(tmp_path / "marks.txt")]) == 2
+    assert f"{tmp_path / 'marks.txt'}, line 3: got <unk>, wanted words" in capsys.readouterr().err
     assert main([*words, str(tmp_path)]) == 2 and "config.yaml: No such file" in capsys.readouterr().err
 
 

@@ -23,6 +23,8 @@ import yaml
 from apps.speech.card import tail_seconds
 from apps.speech.data.batches import padded
 from apps.speech.decode.confidence import Calibration
+from apps.speech.decode.ngram import write_arpa
+from apps.speech.device.decoding import Decoding
 from apps.speech.device.folder import INPUTS, OUTPUTS, ExportedFolder
 from apps.speech.device.folder_check import Listener, check_folder, heard_text
 from apps.speech.export import Clip, export, export_model, prove
@@ -31,7 +33,8 @@ from apps.speech.models import StreamingModel, new_model
 from apps.speech.models.base import output_lengths
 from apps.speech.onnx_step import OnnxStep, SummedConvolution
 from apps.speech.runtime import Recognizer
-from apps.speech.units import Units, train_sentencepiece
+from apps.speech.text import TextRules
+from apps.speech.units import Units, train_sentencepiece, train_words
 from kdcore.config import UserError
 from kdcore.onnx_export import ParityError
 from tests.speech.small_runs import run as finish
@@ -139,7 +142,7 @@ def test_what_the_folder_says_of_itself(tmp_path: Path) -> None:
     assert folder.parameters == model.parameter_count() and folder.symbols == UNITS.symbols
     assert (folder.window_size, folder.chunk_ms, folder.look_ahead_ms) == (16, 160, model.look_ahead_ms)
     assert folder.delay_ms == 80 and folder.confidence == {"slope": 1.5, "offset": -0.25}
-    assert folder.decode == {"lm_weight": 1.0}
+    assert folder.decode == {"lm_weight": 1.0} and folder.text == TextRules()
     assert set(folder.files) == {"model.onnx", "model.int8.onnx", "tokens.txt", "README.md", "self_test.wav"}
     assert folder.extra_files() == []
     about = soundfile.info(tmp_path / "out" / "self_test.wav")
@@ -156,6 +159,37 @@ def test_pieces_need_no_sentencepiece_on_the_device(tmp_path: Path) -> None:
     folder = ExportedFolder.open(tmp_path / "out")
     assert folder.units == "pieces" and folder.symbols == units.symbols
     assert not (tmp_path / "out" / "sentencepiece.model").exists()
+
+
+def test_texts_are_normalised_as_those_of_training(tmp_path: Path) -> None:
+    units, rules = Units.of_characters(["YES No"]), TextRules(lower=False)
+    export_model(made("conv_rnn", LITTLE, units.blank + 1), units, tmp_path / "out", noises(1), "cased", text=rules)
+    assert ExportedFolder.open(tmp_path / "out").text == rules
+    hot = Decoding(hot_words={"YES, No!": 2.0}, grammar=("No",))
+    assert Recognizer(tmp_path / "out", decoding=hot).symbols.normalise("YES, No!") == "YES No"
+    with pytest.raises(UserError, match="'y' is not among"):
+        Recognizer(tmp_path / "out", decoding=Decoding(hot_words={"yes": 2.0}))
+    # an export of an earlier version says nothing of them
+    about = json.loads((tmp_path / "out" / "kdsuite.json").read_text())
+    del about["text"]
+    (tmp_path / "out" / "kdsuite.json").write_text(json.dumps(about))
+    assert ExportedFolder.open(tmp_path / "out").text == TextRules()
+    (tmp_path / "out" / "kdsuite.json").write_text(json.dumps({**about, "text": {"lower": False}}))
+    with pytest.raises(UserError, match=r"kdsuite\.json: text: got .*wanted true or false for each of lower, strip"):
+        ExportedFolder.open(tmp_path / "out")
+
+
+def test_whole_words_are_hot_words_and_grammars(tmp_path: Path) -> None:
+    units = train_words(["yes no stop", "no yes"])
+    export_model(made("conv_rnn", LITTLE, units.blank + 1), units, tmp_path / "out", noises(1), "words")
+    write_arpa(tmp_path / "lm.arpa", ["yes no stop", "no yes maybe"], 2)
+    grammar = Recognizer(tmp_path / "out", decoding=Decoding(grammar=("yes", "stop"), hot_words={"stop yes": 2.0}))
+    said = [segment.text for update in grammar.transcribe([noise(2.0)]) for segment in update.final]
+    assert set(" ".join(said).split()) <= {"yes", "stop"}
+    lm = Recognizer(tmp_path / "out", decoding=Decoding(lm=tmp_path / "lm.arpa"))
+    assert lm.decoder.left_out == ("maybe",)
+    with pytest.raises(UserError, match="'maybe' is not among"):
+        Recognizer(tmp_path / "out", decoding=Decoding(hot_words={"maybe": 1.0}))
 
 
 def test_another_model_is_no_parity(tmp_path: Path) -> None:

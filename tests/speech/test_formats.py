@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,13 @@ def test_librispeech(tmp_path: Path) -> None:
         "84-121-0000", "dev-clean/84/121/84-121-0000.flac", "GO DO YOU HEAR", 0.4, "84", {"split": "dev-clean"}
     )
     assert corpus.splits == ("dev-clean", "test-clean") and len(corpus.split("test-clean")) == 2
+    # as the archives are unpacked, one folder further down
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "LibriSpeech").mkdir()
+    for split in ("dev-clean", "test-clean"):
+        shutil.copytree(tmp_path / split, tmp_path / "above" / "LibriSpeech" / split)
+    assert read_corpus(tmp_path / "above").splits == ("dev-clean", "test-clean")
+    shutil.rmtree(tmp_path / "above")
     assert [u.id for u in read_corpus(tmp_path / "dev-clean").utterances] == ["84-121-0000", "84-121-0001"]
     (tmp_path / "dev-clean" / "84" / "121" / "84-121-0001.flac").unlink()
     with pytest.raises(UserError, match=r"84-121\.trans\.txt: row 2: audio: .*84-121-0001\.flac is no file"):

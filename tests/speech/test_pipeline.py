@@ -198,6 +198,10 @@ def test_a_pretrained_teacher_from_a_folder(data: Path, tmp_path: Path) -> None:
     pipeline = small("ctc_frame_level", data, tmp_path, teacher=teacher, views=[{}])
     rows = run(pipeline)
     assert [row["model"] for row in rows if row["role"] == "teacher"] == ["pretrained"] * 2
+    weights = [load_file(file) for file in folder.glob("*.safetensors")]
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    sizes = {(row["params"], row["bytes"]) for row in rows if row["role"] == "teacher"}
+    assert sizes == {(sum(each.size for part in weights for each in part.values()), stored)}
     terms = [event["terms"] for event in read_log(tmp_path / "run" / "log.jsonl") if event["role"] == "student"]
     assert terms[0]["frame"] > 0
     # it is measured by its own frames of 20 ms, in which double letters are told apart

@@ -14,6 +14,7 @@ from apps.speech import prepared as module
 from apps.speech.features import SAMPLE_RATE, TAIL_MS
 from apps.speech.prepared import Prepared
 from data_scripts.simulate_speech import simulate
+from kdcore.config import UserError
 from tests.speech.small_runs import small
 
 
@@ -31,9 +32,9 @@ def change(file: Path, row: int, **fields: Any) -> str:
     return str(rows[row]["id"])
 
 
-def prepared(data: Path, folder: Path, **changes: Any) -> tuple[Prepared, list[str]]:
+def prepared(source: Path, folder: Path, **changes: Any) -> tuple[Prepared, list[str]]:
     """Return the data of a run and what was said on the way, but for progress."""
-    pipeline, said = small("demo", data, folder, **changes), list[str]()
+    pipeline, said = small("demo", source, folder, **changes), list[str]()
     pipeline.announce = said.append
     return pipeline.prepared, said
 
@@ -113,3 +114,40 @@ def test_a_text_may_be_too_long_in_one_view_alone(data: Path, tmp_path: Path) ->
     assert 3 not in kept and len(kept) == len(found.corpora["train"]) - 1
     assert f"left out, longer text than frames in view speed:1.5: 1 (first {name})" in said
     assert np.array_equal(kept, found.training(["speed:1.5", "clean"]).rows)
+
+
+def test_what_a_refused_command_read_is_read_anew(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^teacher\.folds: got 500"):
+        prepared(data, tmp_path, teacher={"folds": 500})
+    assert (tmp_path / "run" / "data" / "data.json").exists() and not (tmp_path / "run" / "config.yaml").exists()
+    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(rows[:-4]), encoding="utf-8")
+    found, _ = prepared(data, tmp_path)
+    assert len(found.corpora["train"]) == len(rows) - 4 == len(found.training(["clean"]).rows)
+
+
+def test_nothing_left_to_train_on_is_said(data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    fast = {"views": [{"student": "speed:2", "teacher": "speed:2"}]}
+    for place, each in enumerate(rows):
+        # more symbols than there are frames at double speed
+        change(data / "train.jsonl", place, text=("abcd " * 100)[: int(each["duration"] / 0.04 * 0.9)])
+    with pytest.raises(UserError, match=r"^views: no utterance is left to train the teacher on, heard as speed:2$"):
+        small("ctc_frame_level", data, tmp_path / "views", **fast).teach(0)
+    for place in range(len(rows)):
+        change(data / "train.jsonl", place, text="abcd " * 100)
+    for _ in range(2):  # whatever the first left behind
+        with pytest.raises(UserError, match=r"^train: no utterance is left to train on \(first problem: .*frames"):
+            prepared(data, tmp_path)
+
+
+def test_symbols_of_language_models_are_no_words(data: Path, tmp_path: Path) -> None:
+    name = change(data / "train.jsonl", 2, text="stop <unk>")
+    given = {"path": str(data), "text": {"strip_punctuation": False}}
+    with pytest.raises(UserError, match=rf"utterance {name}: text 'stop <unk>' holds <unk>"):
+        prepared(data, tmp_path, data=given)
+    found, said = prepared(data, tmp_path, data={**given, "skip_bad": True})
+    assert "left out, train: symbol of language models: 1" in said
+    assert name not in [each.id for each in found.corpora["train"].utterances]
+    # by the default rules it is a word like others
+    assert "stop unk" in prepared(data, tmp_path / "default")[0].texts("train")

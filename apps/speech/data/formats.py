@@ -165,8 +165,8 @@ def _librispeech(source: Path) -> Iterator[Row | BadRow]:
     _wanted_folder(source, "librispeech")
     for listing in _walk(source, (".trans.txt",)):
         below = listing.parent.relative_to(source)
-        # split/speaker/chapter below the root of the corpus, speaker/chapter below a split
-        split = below.parts[0] if len(below.parts) > 2 else None
+        # split/speaker/chapter below the root of the corpus or what it was unpacked in, speaker/chapter below a split
+        split = below.parts[-3] if len(below.parts) > 2 else None
         yield from _of_split(_chapter(listing, below), split)
 
 

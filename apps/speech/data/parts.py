@@ -22,6 +22,7 @@ from apps.speech.data.utterance import (
     of_corpus,
     outside_units,
 )
+from apps.speech.decode.lm import MARKERS
 from apps.speech.text import TextRules
 from apps.speech.units import Units
 from kdcore.config import UserError
@@ -146,13 +147,8 @@ def _readable(
     kept: list[Utterance] = []
     for done, (utterance, samples) in enumerate(loaded(corpus, tally), 1):
         text = None if utterance.text is None else config.text.normalise(utterance.text)
-        if text == "":
-            tally.add(
-                BadRow(
-                    of_corpus(utterance, "no word"),
-                    f"{part}: utterance {utterance.id}: text {utterance.text!r} holds no word",
-                )
-            )
+        if text is not None and (unfit := _unfit(part, utterance, text)) is not None:
+            tally.add(unfit)
             continue
         for problem in examine(samples):
             kind = problem.partition(" (")[0].partition(" of ")[0]
@@ -173,6 +169,19 @@ def _readable(
     if not kept:
         raise UserError(f"{part}: no utterance is left of {len(corpus)} in {corpus.folder}")
     return replace(corpus, utterances=tuple(kept), left_out=(*corpus.left_out, *tally.left_out))
+
+
+def _unfit(part: str, utterance: Utterance, text: str) -> BadRow | None:
+    """Return why a normalised text is not one to train or test on."""
+    reason, what = "no word", "no word"
+    if text:
+        marker = next((word for word in text.split() if word in MARKERS), None)
+        if marker is None:
+            return None
+        reason, what = "symbol of language models", f"{marker}, which language models have by themselves"
+    return BadRow(
+        of_corpus(utterance, reason), f"{part}: utterance {utterance.id}: text {utterance.text!r} holds {what}"
+    )
 
 
 def spellable(corpus: Corpus, units: Units, rules: TextRules, *, skip_bad: bool) -> tuple[Corpus, list[str]]:

@@ -16,6 +16,8 @@ from kdcore.config import UserError
 
 # what flashlight-text's KenLM is built for
 MIN_ORDER, MAX_ORDER = 2, 6
+# words that every model has by itself
+MARKERS = START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LINE_LIMIT = 65_536  # bytes; no sane n-gram comes near
 LOG10 = math.log(10.0)
 _LOADING = threading.Lock()

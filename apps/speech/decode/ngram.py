@@ -13,11 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER
+from apps.speech.decode.lm import END, MARKERS, MAX_ORDER, MIN_ORDER, START, UNKNOWN
 from kdcore.config import UserError
 from kdcore.run import write_text
 
-START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 Gram = tuple[str, ...]
 
 
@@ -40,7 +39,7 @@ def build_ngram(texts: Iterable[str], order: int, *, vocabulary: Iterable[str] =
     for number, text in enumerate(texts, start=1):
         words = text.split()
         for word in words:
-            if word in (START, END, UNKNOWN):
+            if word in MARKERS:
                 raise UserError(f"text {number}: got {word}, wanted words (a model has that symbol by itself)")
         if words:
             sentences.append((START, *words, END))

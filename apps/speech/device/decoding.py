@@ -18,16 +18,15 @@ from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import GreedyStream
 from apps.speech.decode.hotwords import Hotwords
 from apps.speech.decode.lexicon import UNPRUNED, WordDecoder, WordStream
-from apps.speech.decode.lm import LINE_LIMIT, LanguageModel, check_arpa
+from apps.speech.decode.lm import LINE_LIMIT, MARKERS, LanguageModel, check_arpa
 from apps.speech.decode.words import Word, timed_words
-from apps.speech.device.spelling import Symbols, normalised
+from apps.speech.device.spelling import Symbols
 from kdcore.config import UserError
 
 # where hot words, a grammar or a language model are asked for and no beam
 BEAM = 16
 # of the weight of a language model and of the score of a word, either way; -1 to 4 are usual
 MOST = 50.0
-_MARKERS = ("<s>", "</s>", "<unk>")
 
 
 @dataclass(frozen=True)
@@ -98,15 +97,17 @@ class Decoder:
         self.left_out: tuple[str, ...] = ()
         self._hotwords: Hotwords | None = None
         for text in decoding.hot_words:
-            if not normalised(text):
+            if not symbols.normalise(text):
                 raise UserError(f"hot words: got {text!r}, wanted a phrase of one or more words")
         if decoding.hot_words:
-            self._hotwords = Hotwords(symbols, {normalised(text): boost for text, boost in decoding.hot_words.items()})
+            self._hotwords = Hotwords(
+                symbols, {symbols.normalise(text): boost for text, boost in decoding.hot_words.items()}
+            )
         self._words = self._word_decoder() if decoding.grammar or decoding.lm else None
 
     def _word_decoder(self) -> WordDecoder:
         decoding = self._decoding
-        words = [word for text in decoding.grammar for word in normalised(text).split()]
+        words = [word for text in decoding.grammar for word in self._symbols.normalise(text).split()]
         if decoding.grammar and not words:
             raise UserError("grammar: got no words, wanted at least one")
         model = None
@@ -223,7 +224,7 @@ def read_vocabulary(path: Path) -> list[str]:
     except UnicodeDecodeError:
         check_arpa(path)  # names the line, or says what else it is: compressed, a binary
         raise UserError(f"{path}: not UTF-8 text, wanted an ARPA file") from None
-    return [word for word in words if word not in _MARKERS]
+    return [word for word in words if word not in MARKERS]
 
 
 def read_grammar(path: Path, symbols: Symbols) -> tuple[str, ...]:
@@ -241,7 +242,7 @@ def read_grammar(path: Path, symbols: Symbols) -> tuple[str, ...]:
         raise UserError(f"{path}: is not UTF-8 text; wanted words, one a line") from None
     words: dict[str, None] = {}
     for number, line in enumerate(lines, start=1):
-        for word in normalised(line.partition("#")[0]).split():
+        for word in symbols.normalise(line.partition("#")[0]).split():
             try:
                 symbols.encode(word)
             except UserError as error:

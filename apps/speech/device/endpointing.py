@@ -143,7 +143,7 @@ class Segmenter:
         """End a segment that is as long as it may be between two words, and begin the next one there."""
         words = self._search.words(ended=False)
         length = self._frames - self._first
-        if len(words) < 2 and words and length < _PATIENCE * (self._longest or 0):
+        if len(words) < 2 and (words or self._begun()) and length < _PATIENCE * (self._longest or 0):
             self._room = self._longest  # a word that nothing follows yet may go on
             return []
         if len(words) < 2:
@@ -163,6 +163,10 @@ class Segmenter:
         self._kept = [rest]
         self._room = max(1, (self._longest or 0) - len(rest))
         return [segment]
+
+    def _begun(self) -> bool:
+        """Return whether any frame has a symbol: of a word list's words those are told that are whole."""
+        return any((part.argmax(1) != part.shape[1] - 1).any() for part in self._kept)
 
     def _timed(self, words: Sequence[Word]) -> list[Word]:
         """Return words with the times of the audio instead of the segment's, in ms, and confidences to four places.

@@ -11,10 +11,11 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from apps.speech.text import TextRules
 from kdcore.config import UserError
 
 FORMAT = 1
@@ -36,6 +37,7 @@ _LARGEST_NUMBER = 1e9
 _LONGEST_DELAY = 2000
 _OF_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 _HEX = frozenset("0123456789abcdef")
+_RULES = tuple(each.name for each in fields(TextRules))
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ExportedFolder:
         confidence: slope and offset that make a word's confidence a probability; None where none were fitted.
         confidence_lm: the same of words that a lexicon and a language model chose; None also in earlier exports.
         decode: settings of the run that are of use in decoding.
+        text: how the transcripts were normalised that it was trained on; the default rules in earlier exports.
         self_test: {"audio": file, "text": {model file: what it hears there}}.
         files: every other file of the folder by name.
         symbols: the symbols by id; the blank's id is their number.
@@ -85,6 +88,7 @@ class ExportedFolder:
     confidence: dict[str, float] | None
     confidence_lm: dict[str, float] | None
     decode: dict[str, Any]
+    text: TextRules
     self_test: dict[str, Any]
     files: dict[str, Listed]
     symbols: tuple[str, ...]
@@ -178,6 +182,7 @@ def _read_about(root: Path) -> dict[str, Any]:
             raise UserError(f"{file}: {name}: got {_shown(values[name])}, wanted {wanted}")
         found[name] = values[name]
     found["files"] = {name: Listed(each["bytes"], each["sha256"]) for name, each in found["files"].items()}
+    found["text"] = TextRules(**(found["text"] or {}))
     _check_together(file, found)
     return found
 
@@ -303,6 +308,14 @@ def _confidence(value: Any) -> bool:
     return bool(value["slope"] > 0)  # or words that are surer would be less so
 
 
+def _text_rules(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, dict) and set(value) == set(_RULES) and all(isinstance(each, bool) for each in value.values())
+    )
+
+
 def _self_test(value: Any) -> bool:
     if not isinstance(value, dict) or not _text(value.get("audio")) or not isinstance(value.get("text"), dict):
         return False
@@ -324,7 +337,7 @@ def _files(value: Any) -> bool:
 
 
 # fields that earlier exports lack, where null says the same
-_LATER = ("confidence_lm",)
+_LATER = ("confidence_lm", "text")
 # name -> (what is wanted, whether a value is that)
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("text", _text),
@@ -341,6 +354,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "confidence": ("slope above 0 and offset, or null", _confidence),
     "confidence_lm": ("slope above 0 and offset, or null", _confidence),
     "decode": ("settings", lambda value: isinstance(value, dict)),
+    "text": (f"true or false for each of {', '.join(_RULES)}", _text_rules),
     "self_test": ("a file and the text of each model", _self_test),
     "files": ("names of files in this folder with bytes and sha256", _files),
 }

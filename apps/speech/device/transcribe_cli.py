@@ -167,7 +167,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
     decoding = Decoding(
         beam=args.beam,
         hot_words=dict(_hot_word(text) for text in args.hot_word),
-        grammar=read_grammar(args.grammar, Symbols(folder.symbols)) if args.grammar else (),
+        grammar=read_grammar(args.grammar, Symbols(folder.symbols, folder.text)) if args.grammar else (),
         lm=args.lm,
         lm_weight=_given(args.lm_weight, known.get("lm_weight"), 1.0),
         word_score=_given(args.word_score, known.get("word_score"), 0.0),

@@ -32,10 +32,10 @@ from apps.speech.models.pretrained import (
     MODELS,
     NO_TRANSFORMERS,
     WINDOW,
-    check_weights,
     normalises,
     read_config,
     token_groups,
+    weight_files,
 )
 from apps.speech.views import Paced, parse_view
 from kdcore.config import UserError
@@ -86,7 +86,7 @@ class HuggingFaceCtc(nn.Module):
         folder = Path(path)
         config = read_config(folder)
         normalise = normalises(folder)
-        check_weights(folder)
+        weight_files(folder)
         rows = token_groups(folder, config, units.symbols)
         most = max(map(len, rows))
         groups = torch.tensor([row + [-1] * (most - len(row)) for row in rows])

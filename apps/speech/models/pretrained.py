@@ -39,7 +39,7 @@ def check_folder(path: str | Path) -> None:
     folder = Path(path)
     config = read_config(folder)
     normalises(folder)
-    check_weights(folder)
+    weight_files(folder)
     token_groups(folder, config, ())
     if find_spec("transformers") is None:
         raise UserError(NO_TRANSFORMERS)
@@ -132,8 +132,8 @@ def normalises(folder: Path) -> bool:
     return normalise
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse a folder without safetensors, and an index that names files elsewhere."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the weights; a folder without safetensors is refused, and an index that names others."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = _json(index).get("weight_map")
@@ -142,7 +142,7 @@ def check_weights(folder: Path) -> None:
             if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
                 raise UserError(f"{index}: weight_map: got {name!r}, wanted safetensors files in its folder")
         if files:
-            return
+            return [folder / name for name in sorted(files)]
     if not (folder / "model.safetensors").is_file():
         pickled = sorted(each.name for each in folder.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         why = (
@@ -151,6 +151,25 @@ def check_weights(folder: Path) -> None:
             else "no weights, wanted"
         )
         raise UserError(f"{folder}: {why} model.safetensors")
+    return [folder / "model.safetensors"]
+
+
+def size(path: str | Path) -> tuple[int, int]:
+    """Return the number of weights that a folder stores, and the bytes of their files; none of them is loaded.
+
+    Raises:
+        UserError: no safetensors, or files that are none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files, weights = weight_files(Path(path)), 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as stored:
+                weights += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: {' '.join(str(error).split())}") from None
+    return weights, sum(file.stat().st_size for file in files)
 
 
 def token_groups(folder: Path, config: Mapping[str, Any], symbols: Sequence[str]) -> list[list[int]]:

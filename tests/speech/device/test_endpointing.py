@@ -66,6 +66,18 @@ def test_segments_hold_every_word_once_whatever_the_split(
     assert whole.frames == len(log_probs)
 
 
+def test_a_word_of_a_list_is_not_cut_where_a_segment_is_as_long_as_it_may_be() -> None:
+    # 50 frames after the pause its last letter is still to come
+    log_probs = frames(["seventeen", "a", "no", "seventeen"], [1, 1, 31, 1], 15)
+    result = found(segmenter(Decoding(grammar=WORDS)), log_probs, [])
+    assert [segment.text for segment in result] == ["seventeen", "a no", "seventeen"]
+    # a beginning that never becomes a word is not waited for without end
+    made, stuck = segmenter(Decoding(grammar=WORDS)), log_probs[108:109]
+    assert SYMBOLS.symbols[int(stuck.argmax())] == "e"
+    made.accept(np.concatenate([log_probs[88:108], stuck.repeat(400, axis=0)]))
+    assert made.frames == 420 and sum(map(len, made._kept)) <= 150
+
+
 def test_the_delay_of_the_model_is_taken_off_the_times() -> None:
     log_probs = frames(["yes", "no", "ten"], [20, 3, 20], seed=1)
     search = Decoder(SYMBOLS, Decoding()).search

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.speech.device.spelling import Symbols, normalised
-from apps.speech.units import Units, train_sentencepiece
+from apps.speech.device.spelling import Symbols
+from apps.speech.text import TextRules
+from apps.speech.units import Units, train_sentencepiece, train_words
 from kdcore.config import UserError
 
 AN4 = Path(os.environ.get("KD_DATA", "../shared/data")) / "speech" / "an4"
@@ -57,4 +58,16 @@ def test_characters() -> None:
     with pytest.raises(UserError, match="'q' is not among"):
         symbols.encode("yes q")
     assert symbols.encode("") == []
-    assert normalised("Yes,  NO!") == "yes no"
+    assert symbols.normalise("Yes,  NO!") == "yes no"
+    assert Symbols(("▁", "A"), TextRules(lower=False)).normalise("A, a") == "A a"
+
+
+def test_whole_words() -> None:
+    units = train_words(TEXTS)
+    symbols = Symbols(units.symbols)
+    assert symbols.whole_words and not Symbols(train_sentencepiece(["a b", "b a b"], 5).symbols).whole_words
+    for text in TEXTS:
+        assert symbols.encode(text) == units.encode(text)
+        assert symbols.decode(units.encode(text)) == text
+    with pytest.raises(UserError, match="'maybe' is not among"):
+        symbols.encode("yes maybe")
