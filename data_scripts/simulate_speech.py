@@ -10,6 +10,7 @@ own, so that utterance 5 does not depend on utterance 4.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import time
@@ -224,7 +225,12 @@ def _write_utterance(folder: Path, speaker: Speaker, people: list[Talker], index
     name = f"sim{index:06d}-{person.name}"
     path = folder / person.split / f"{name}.flac"
     path.parent.mkdir(exist_ok=True)
-    soundfile.write(path, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    try:
+        path.write_bytes(encoded.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     line: dict[str, Any] = {"id": name, "audio_filepath": f"{person.split}/{path.name}", "text": text}
     line |= {"duration": len(samples) / SAMPLE_RATE, "speaker": person.name}
     return line | ({} if ratio is None else {"snr": ratio})

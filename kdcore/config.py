@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -120,7 +121,24 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         namespace = parser.parse_object(plain)
         return cls(**vars(parser.instantiate(namespace)))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(f"{source}: {_one_line(error)}") from None
+        text = _one_line(error)
+        named = isinstance(error, jsonargparse.ArgumentError)
+        raise UserError(f"{source}: {'' if named else _owner(cls, plain)}{text}") from None
+
+
+def _owner(cls: Any, plain: Mapping[str, Any]) -> str:
+    """Return which of a dataclass's own dataclasses refuses its values, where it does: their errors do not say it."""
+    hints = get_type_hints(cls)
+    for name, value in plain.items():
+        hint = hints[name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            try:
+                build(hint, value)
+            except UserError as error:
+                # what checks types has the whole name already, and some say it themselves
+                said = str(error).removeprefix("configuration: ")
+                return "" if said.startswith((f"{name}.", f"{name}:")) else f"{name}: "
+    return ""
 
 
 def _checked(expected: Any, value: Any, source: str, path: str = "") -> Any:
@@ -176,9 +194,23 @@ def _check_plain(value: Any, source: str, path: str) -> None:
         raise UserError(f"{source}: '{path}': got {value!r}; a configuration cannot name code")
 
 
+_WORDS = {
+    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"},
+    **{"NoneType": "null", "dict": "settings (name: value)"},
+}
+
+
 def _one_line(error: Exception) -> str:
-    text = getattr(error, "message", None) or str(error)
-    return " ".join(str(text).split())
+    """Return what is wrong in a line; types are told in words, not as jsonargparse shows them."""
+    text = " ".join(str(getattr(error, "message", None) or error).split())
+    parsed = re.fullmatch(r'Parser key "([^"]+)": (.*?)(?:Got|Given) value: (.*)', text)
+    if parsed is None:
+        return text
+    key, problem, value = parsed.groups()
+    kinds = [_WORDS[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", problem) if kind in _WORDS]
+    choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", problem)
+    kinds += [f"one of {choice.replace(chr(39), '')}" for choice in choices]
+    return f"{key}: got {value}, wanted {' or '.join(kinds)}" if kinds else text
 
 
 def resolved(config: Any) -> dict[str, Any]:

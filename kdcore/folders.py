@@ -23,6 +23,17 @@ def check_target(out: Path, ours: Ours) -> None:
         raise UserError(f"--out: {out} holds files that no export wrote; name another folder or empty it")
 
 
+def refuse_unwritable(out: Path) -> None:
+    """Raise UserError if a folder cannot be made or written to, as far as that can be told without doing it."""
+    there = out.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"--out: {out} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out: {out} cannot be written to: {there} does not allow it")
+
+
 @contextmanager
 def replacing(out: Path, ours: Ours) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``out`` at the end, on disk; an export there gives way only then.

@@ -6,6 +6,7 @@ renamed. ``log.jsonl`` is the one file that grows; its readers ignore a torn las
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -37,14 +38,19 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path to write to; rename what is there to ``path`` on success, remove it on failure.
 
     The file is fsynced before the rename and the folder after it, so a crash leaves the old file or the new
-    one, never a part of either. What a killed writer left behind is removed by the next one of the same file.
+    one, never a part of either. What a killed writer left behind is removed by the next one of the same file. Of a
+    link, what it leads to is written.
 
     Raises:
-        UserError: ``path`` is a folder.
+        UserError: ``path`` is a folder, a device or a pipe.
+        OSError: it cannot be written; the error names it.
     """
     target = Path(path)
-    if target.is_dir():
-        raise UserError(f"{target}: is a folder, wanted the name of a file")
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "a device or a pipe"
+        raise UserError(f"{target}: is {what}, wanted the name of a file")
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(target)
     folder, lock = _temporary_folder(target)
@@ -57,6 +63,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
         flush(target.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:  # writing does not say where
+            raise OSError(error.errno, error.strerror, str(target)) from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

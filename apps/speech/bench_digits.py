@@ -17,7 +17,7 @@ from apps.speech.data.formats import read_corpus
 from apps.speech.data.utterance import hold_out_speakers
 from apps.speech.decode.lexicon import Grammar
 from apps.speech.evaluate import Scores, compare
-from apps.speech.measure import Measurement
+from apps.speech.measurement import Measurement
 from apps.speech.pipeline import ROLES, Pipeline
 from kdcore.config import UserError
 from kdcore.progress import Announcer

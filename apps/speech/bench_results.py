@@ -9,7 +9,8 @@ from typing import Any
 
 from apps.speech.config import SpeechConfig
 from apps.speech.evaluate import Scores, compare
-from apps.speech.measure import DECODINGS, evaluate
+from apps.speech.measure import evaluate
+from apps.speech.measurement import DECODINGS
 from apps.speech.pipeline import ROLES, Pipeline
 from kdcore.progress import Announcer
 from kdcore.report import write_report

@@ -24,7 +24,7 @@ from apps.speech.device.folder import INT8_MODEL, MODEL, TOKENS, ExportedFolder
 from apps.speech.export import Clip, export, export_model
 from apps.speech.features import SAMPLE_RATE, TAIL_MS
 from apps.speech.latency import summarise
-from apps.speech.measure import Measurement
+from apps.speech.measurement import Measurement
 from apps.speech.models import StreamingModel, new_model
 from apps.speech.pipeline import Pipeline
 from apps.speech.runtime import Recognizer

@@ -400,16 +400,21 @@ def _differences(pipeline: Pipeline) -> Iterable[Difference]:
 
 def licence_of(pipeline: Pipeline) -> str | None:
     """Return what stands beside the recordings of a run on their licence, or None."""
+    given = pipeline.config.data.corpora
+    return stated_licences([text for each in given for text in ([each] if isinstance(each, str) else each)])
+
+
+def stated_licences(corpora: Iterable[str]) -> str | None:
+    """Return what stands beside some corpora on their licences, or None."""
     from apps.speech.data.corpora import find_data, parse_corpus
 
     found: dict[str, str] = {}
-    for given in pipeline.config.data.corpora:
-        for text in [given] if isinstance(given, str) else given:
-            name, _ = parse_corpus(text)
-            source = find_data(name)
-            stated = stated_licence(source if source.is_dir() else source.parent)
-            if stated:
-                found[Path(name).name] = stated
+    for text in corpora:
+        name, _ = parse_corpus(text)
+        source = find_data(name)
+        stated = stated_licence(source if source.is_dir() else source.parent)
+        if stated:
+            found[Path(name).name] = stated
     if len(found) == 1:
         return next(iter(found.values()))
     return "; ".join(f"{name}: {stated}" for name, stated in found.items()) or None

@@ -2,254 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from apps.speech import fitting
-from apps.speech.calibration import CALIBRATIONS, expected_calibration_error, word_outcomes
+from apps.speech.calibration import expected_calibration_error
 from apps.speech.config import TeacherConfig
-from apps.speech.data.batches import neighbours
 from apps.speech.decode.confidence import Calibration
-from apps.speech.decode.ctc import Hypothesis
 from apps.speech.decode.greedy import greedy
-from apps.speech.decode.lexicon import WordDecoder
-from apps.speech.decode.ngram import write_arpa
-from apps.speech.decode.words import Word, timed_words
+from apps.speech.decode.words import timed_words
 from apps.speech.evaluate import METRICS, UNITS, Scores, compare, score, worst
 from apps.speech.latency import (
-    ComputeTime,
-    emission_delays,
-    finalisation_latency,
-    first_symbol_latency,
-    real_time_factor,
     summarise,
 )
-from apps.speech.memory import model_memory
+from apps.speech.measurement import DECODINGS, Decoded, Heard, Measurement
 from apps.speech.models import pretrained
-from apps.speech.models.base import FRAME_MS, StreamingModel
+from apps.speech.models.base import StreamingModel
 from apps.speech.models.store import load_model, model_bytes
 from apps.speech.pipeline import FOLDS, Cell, Pipeline
 from apps.speech.slices import slices
-from apps.speech.views import parse_view
 from kdcore import processes
-from kdcore.config import UserError
-from kdcore.run import metric_row, read_json, write_json
+from kdcore.config import UserError, resolved
+from kdcore.run import fingerprint, metric_row, read_json, write_json
 
-# the ways a transcript is made
-DECODINGS = ("wer", "wer_lm")
 # metrics with intervals, and the way of decoding of each
 COMPARED = (("wer", "wer"), ("cer", "wer"), ("wer_lm", "wer_lm"))
-# utterances of a part that a streaming model is timed on, and their seconds at most
-_TIMED, _TIMED_SECONDS = 20, 60.0
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What a model says of a part: log-posteriors [T', C] of every utterance by frames of ``frame_ms``, and its cost.
-
-    ``real_time_factor`` is seconds of one core per second of audio, of what ``timed`` says; ``view`` is what it heard.
-    """
-
-    log_probs: list[np.ndarray]
-    real_time_factor: float
-    timed: str = ""
-    frame_ms: int = FRAME_MS
-    view: str = "clean"
-
-    def words(self, path: Hypothesis, symbols: Sequence[str], words: Sequence[str] | None = None) -> list[Word]:
-        """Return the words of what was decoded of an utterance, with times and confidences."""
-        return timed_words(path, symbols, words=words, frame_seconds=self.frame_ms / 1000)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What one way of decoding makes of a part: its errors, the words' confidences, and whether each is right, [M]."""
-
-    scores: Scores
-    confidences: np.ndarray
-    right: np.ndarray
-
-
-class Measurement:
-    """Measures the models of a run; the language model is of the training texts, its weights chosen on validation."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline, self.prepared = pipeline, pipeline.prepared
-        self.config = pipeline.config
-
-    @cached_property
-    def language_model(self) -> Path:
-        """The n-gram model of the training texts."""
-        file = self.pipeline.run.path / "lm.arpa"
-        if not file.exists():
-            write_arpa(file, [text for text in self.prepared.texts("train") if text], self.config.decode.order)
-        return file
-
-    @cached_property
-    def words(self) -> list[str]:
-        """The words of the training texts: the lexicon."""
-        return sorted({word for text in self.prepared.texts("train") for word in text.split()})
-
-    def hear(self, cell: Cell, part: str) -> Heard:
-        """Return what the model of a cell says of a part.
-
-        A streaming model is timed in its chunks on the first utterances, any other one on all of them, whole.
-        """
-        heard = self.config.tested_view(cell.role)
-        store = self.prepared.store(part, heard)
-        durations = [each.duration for each in self.prepared.corpora[part].utterances]
-        timed, frame_ms = f"network only, {_threads()}, whole utterances in batches", FRAME_MS
-        if cell.role == "teacher":
-            teacher = self.pipeline.teach(cell.seed)
-            found: dict[int, np.ndarray] = {}
-            frame_ms = teacher.frame_ms
-            with ComputeTime() as spent:
-                for rows in neighbours(store.lengths, 0, len(store)):
-                    said = teacher.ask(self.prepared, part, heard, rows, frame_ms=frame_ms)["log_probs"]
-                    found.update(zip(rows, said, strict=True))
-        else:
-            model, _ = load_model(cell.folder)
-            with ComputeTime() as spent:
-                found = dict(fitting.all_log_probs(model, store))
-            if isinstance(model, StreamingModel):
-                # posteriors are those of streaming, but many utterances at once cost far less than one step by step
-                first = _first(durations)
-                durations = [durations[row] for row in first]
-                spent = ComputeTime(fitting.streaming_seconds(model, [store[row] for row in first]))
-                timed = f"network only, one thread, in chunks of {model.chunk_frames * FRAME_MS} ms"
-        said = [found[row] for row in range(len(store))]
-        return Heard(said, real_time_factor(spent.seconds, sum(durations)), timed, frame_ms, heard)
-
-    def memory(self) -> dict[str, dict[str, int]]:
-        """Return by role what the first seed's model takes to hear the longest utterance of the test part.
-
-        Models that are not stored in the run (pretrained ones, ensembles) are left out.
-        """
-        store = self.prepared.store("test", self.config.test_view)
-        longest = np.array(store[int(store.lengths.argmax())])
-        cells = [each for each in self.pipeline.cells(self.config.seeds[0]) if (each.folder / "model.json").exists()]
-        return {each.role: {"peak_memory_bytes": model_memory(each.folder, longest)} for each in cells}
-
-    def decoder(self, lm_weight: float, word_score: float) -> WordDecoder:
-        """Return a decoder of lexicon words under the language model."""
-        return WordDecoder(
-            self.prepared.units,
-            self.words,
-            lm=str(self.language_model),
-            lm_weight=lm_weight,
-            word_score=word_score,
-            beam=self.config.decode.beam,
-        )
-
-    def scored(self, part: str, texts: Sequence[str], heard: str) -> Scores:
-        """Return the errors of one text an utterance; where the view that was heard adds noise, its ratio is drawn."""
-        view, utterances = parse_view(heard), list(self.prepared.corpora[part].utterances)
-        for place, each in enumerate(utterances):
-            if (snr := view.snr(each.id, 0)) is not None:
-                utterances[place] = replace(each, extra={**each.extra, "snr": snr})
-        return score(utterances, texts, self.config.data.text)
-
-    def greedy(self, part: str, heard: Heard) -> Decoded:
-        """Return what best paths give."""
-        paths = [greedy(each) for each in heard.log_probs]
-        words = [heard.words(path, self.prepared.units.symbols) for path in paths]
-        return self._decoded(part, heard, [self.prepared.units.decode(path.ids) for path in paths], words)
-
-    def with_lm(self, part: str, heard: Heard, weights: tuple[float, float]) -> Decoded:
-        """Return what lexicon and language model give."""
-        decoder, symbols = self.decoder(*weights), self.prepared.units.symbols
-        best = [found[0] if (found := decoder.decode(each)) else None for each in heard.log_probs]
-        words = [heard.words(each.symbols, symbols, each.words) if each else [] for each in best]
-        return self._decoded(part, heard, [" ".join(each.words) if each else "" for each in best], words)
-
-    def _decoded(self, part: str, heard: Heard, texts: Sequence[str], words: Sequence[Sequence[Word]]) -> Decoded:
-        references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
-        return Decoded(self.scored(part, texts, heard.view), *word_outcomes(zip(words, references, strict=True)))
-
-    def decoded(self, part: str, heard: Heard, weights: tuple[float, float] | None) -> dict[str, Decoded]:
-        """Return what each way of decoding gives."""
-        found = {"wer": self.greedy(part, heard)}
-        return found if weights is None else {**found, "wer_lm": self.with_lm(part, heard, weights)}
-
-    def tune(self, heard: Heard) -> tuple[float, float] | None:
-        """Return the weights of language model and words with the least errors on validation; None without a model."""
-        if not self.config.decode.order:
-            return None
-        grid = [(lm, word) for lm in self.config.decode.lm_weights for word in self.config.decode.word_scores]
-        errors: dict[tuple[float, float], float] = {}
-        for weights in grid:
-            errors[weights] = self.with_lm("valid", heard, weights).scores.wer
-            if len(errors) % 5 == 0 and len(errors) < len(grid):  # minutes for a model that is sure of nothing
-                self.pipeline.announce(f"weights of the language model tried: {len(errors)} of {len(grid)}")
-        return min(grid, key=errors.__getitem__)
-
-    def calibrate(self, cell: Cell, valid: Mapping[str, Decoded]) -> dict[str, Calibration]:
-        """Return a calibration of each way of decoding, by validation; a student's are kept beside its weights.
-
-        There is none where nothing was heard, or words are not right more often where the model is surer.
-        """
-        found = {}
-        for name, decoded in valid.items():
-            with contextlib.suppress(ValueError):
-                found[name] = Calibration.fit(decoded.confidences, decoded.right)
-        if cell.role != "teacher":
-            for name, file in CALIBRATIONS.items():
-                (cell.folder / file).unlink(missing_ok=True)  # of an earlier evaluation
-                if name in found:
-                    write_json(cell.folder / file, {"scale": found[name].scale, "offset": found[name].offset})
-        return found
-
-    def lag(self, student: Heard, teacher: Heard) -> int:
-        """Return by how many ms the student's words end behind the teacher's on validation, the median, at least 0."""
-        symbols = self.prepared.units.symbols
-        late: list[float | None] = []
-        references = [self.config.data.text.normalise(text) for text in self.prepared.texts("valid")]
-        for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
-            words = [{**word, "emitted": word["end"]} for word in student.words(greedy(own), symbols)]
-            said: list[Word] = teacher.words(greedy(theirs), symbols)
-            late += [each.delay_ms for each in emission_delays(words, said, reference)]
-        return max(0, round(summarise(late)["p50"] or 0))
-
-    def delays(self, student: Heard, teacher: Heard, model: StreamingModel, part: str) -> dict[str, list[float | None]]:
-        """Return how long a part's words wait for the student, in ms, by the times of the teacher's best path.
-
-        ``delay``: each right word from its end until it appears; ``first_symbol``: each utterance from the start of its
-        first word until anything appears; ``final``: from the end of its last word until that appeared, where both
-        heard it right: who leaves it out is not early.
-        """
-        symbols = self.prepared.units.symbols
-        found: dict[str, list[float | None]] = {"delay": [], "first_symbol": [], "final": []}
-        # what ends within a chunk is known when the chunk is complete
-        chunk = model.chunk_frames * FRAME_MS / 1000
-
-        def known(seconds: float) -> float:
-            return math.ceil(round(seconds / chunk, 6)) * chunk
-
-        references = [self.config.data.text.normalise(text) for text in self.prepared.texts(part)]
-        for own, theirs, reference in zip(student.log_probs, teacher.log_probs, references, strict=True):
-            best = greedy(own)
-            words = [{**word, "emitted": known(word["end"])} for word in student.words(best, symbols)]
-            said: list[Word] = teacher.words(greedy(theirs), symbols)
-            first = known((best.frames[0] + 1) * FRAME_MS / 1000) if best.frames else None
-            found["delay"] += [each.delay_ms for each in emission_delays(words, said, reference)]
-            found["first_symbol"].append(first_symbol_latency(words, said, first_symbol=first))
-            last = [each[-1]["word"] for each in (words, said) if each] + reference.split()[-1:]
-            right = len(last) == 3 and len(set(last)) == 1
-            found["final"].append(finalisation_latency(words, said) if right else None)
-        return found
+# raised when the same models and data give other figures
+VERSION = 1
 
 
 def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]]:
     """Measure every model of every seed on validation and test; write metrics, comparisons, slices and examples.
 
+    What was found of a model is kept beside it, and is not measured again while model, teacher and settings stay.
     ``memory`` measures that of each model too (``memory.model_memory``), in a process of its own.
     """
     with processes.first_process_first():
@@ -257,57 +47,124 @@ def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]
 
 
 def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
-    for cell in (cell for seed in pipeline.config.seeds for cell in pipeline.cells(seed)):
+    cells = [cell for seed in pipeline.config.seeds for cell in pipeline.cells(seed)]
+    for cell in cells:
         if cell.role != "teacher" and not (cell.folder / "model.json").exists():
             raise UserError(f"{cell.folder}: no model here yet; kd speech distill --out {pipeline.run.path} makes it")
-    measurement = Measurement(pipeline)
-    taken = measurement.memory() if memory else {}
-    rows: list[dict[str, Any]] = []
+    evaluation = _Evaluation(pipeline, memory)
+    found = [evaluation.found(cell) for cell in cells]
     tested: dict[str, dict[str, list[Scores]]] = {name: {} for name in DECODINGS}
-    sliced: list[dict[str, Any]] = []
-    for seed in pipeline.config.seeds:
-        teacher: dict[str, Heard] | None = None
-        for cell in pipeline.cells(seed):
-            pipeline.announce(f"seed {seed}: evaluating {cell.role.replace('_', ' ')}")
-            heard = {part: measurement.hear(cell, part) for part in ("valid", "test")}
-            teacher = heard if cell.role == "teacher" else teacher
-            weights = measurement.tune(heard["valid"])
-            decoded = {part: measurement.decoded(part, said, weights) for part, said in heard.items()}
-            # what calibrations are judged by is not what they are fitted on
-            calibrations = {"valid": {}, "test": measurement.calibrate(cell, decoded["valid"])}
-            if cell.role != "teacher" and teacher is not None:
-                # what an export takes off the times of words
-                write_json(cell.folder / "delay.json", {"delay_ms": measurement.lag(heard["valid"], teacher["valid"])})
-            for part, said in heard.items():
-                found = {name: each.scores for name, each in decoded[part].items()}
-                metrics = _metrics(said, decoded[part], calibrations[part])
-                if part == "test" and cell.role != "teacher" and teacher is not None:
-                    metrics |= _delays(measurement, cell, said, teacher["test"])
-                rows.append(
-                    _row(
-                        measurement,
-                        cell,
-                        part,
-                        metrics,
-                        lm_weights=list(weights) if weights else None,
-                        intervals=_intervals(found),
-                        notes=_notes(said, cell.role in taken),
-                        **taken.get(cell.role, {}),
-                    )
-                )
-                for name, scores in found.items():
-                    scores.save(cell.folder.parent / "evaluation" / f"{part}-{cell.role}-{name}-{seed}.jsonl")
-                    if part == "test":
-                        tested[name].setdefault(cell.role, []).append(scores)
-                if part == "test":
-                    about = {"role": cell.role, "model": _label(pipeline, cell), "seed": seed}
-                    sliced += [{**each, **about} for each in slices(found["wer"])]
+    for cell, each in zip(cells, found, strict=True):
+        for name, scores in each.scores["test"].items():
+            tested[name].setdefault(cell.role, []).append(scores)
+    rows = [row for each in found for row in each.rows]
     pipeline.run.write_metrics(rows)
+    sliced = [row for each in found for row in each.slices]
     write_json(pipeline.run.path / "slices.json", {"metric": "wer", "slices": sliced})
     write_json(pipeline.run.path / "comparisons.json", _comparisons(pipeline, tested))
     _write_examples(pipeline, tested["wer"])
     pipeline.gather_log()
     return rows
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found of a cell: its rows of ``metrics.json`` and of ``slices.json``, its errors by part and decoding.
+
+    Of what was found before, those of validation are not read again.
+    """
+
+    rows: list[dict[str, Any]]
+    slices: list[dict[str, Any]]
+    scores: dict[str, dict[str, Scores]]
+
+
+class _Evaluation:
+    """Measures the cells of a run, one after the other; what was found of one before is read."""
+
+    def __init__(self, pipeline: Pipeline, memory: bool) -> None:
+        self.pipeline, self.measurement, self._memory = pipeline, Measurement(pipeline), memory
+        # of the last teacher, by its fingerprint: what it says, and what was found of it, which is so for every seed
+        self._taught: tuple[str, dict[str, Heard]] = "", {}
+        self._found_of_teacher: tuple[str, _Found] | None = None
+
+    @cached_property
+    def _taken(self) -> dict[str, dict[str, int]]:
+        return self.measurement.memory() if self._memory else {}
+
+    def found(self, cell: Cell) -> _Found:
+        """Return what was found of a cell, now or before."""
+        file, key = cell.folder.parent / "evaluation" / f"{cell.role}-{cell.seed}.json", self._key(cell)
+        known = read_json(file, dict) if file.exists() else {}
+        # a model that was fitted again has lost what an evaluation wrote beside it
+        whole = cell.role == "teacher" or (cell.folder / "delay.json").exists()
+        if known.get("key") == key and whole:
+            self.pipeline.announce(f"seed {cell.seed}: {cell.role.replace('_', ' ')} is evaluated already ({file})")
+            tested = {name: Scores.load(self._scores(cell, "test", name)) for name in known["decodings"]}
+            return _Found(known["rows"], known["slices"], {"test": tested})
+        self.pipeline.announce(f"seed {cell.seed}: evaluating {cell.role.replace('_', ' ')}")
+        found = self._of_teacher(cell) if cell.role == "teacher" else self._measured(cell)
+        for part, of_part in found.scores.items():
+            for name, scores in of_part.items():
+                scores.save(self._scores(cell, part, name))
+        values = {"key": key, "decodings": list(found.scores["test"]), "rows": found.rows, "slices": found.slices}
+        write_json(file, values)  # last: it says that the others are whole
+        return found
+
+    def _key(self, cell: Cell) -> str:
+        config = resolved(self.pipeline.config)
+        about = {name: value for name, value in config.items() if name not in ("seeds", "report")}
+        about |= {"version": VERSION, "memory": self._memory}
+        models = [self.pipeline.teach(cell.seed).fingerprint]
+        if cell.role != "teacher":
+            models.append(fingerprint((cell.folder / "model.safetensors").read_bytes()))
+        return fingerprint(cell.role, str(cell.seed), self.measurement.prepared.fingerprint, *models, about)
+
+    def _scores(self, cell: Cell, part: str, decoding: str) -> Path:
+        return cell.folder.parent / "evaluation" / f"{part}-{cell.role}-{decoding}-{cell.seed}.jsonl"
+
+    def _of_teacher(self, cell: Cell) -> _Found:
+        """Return what is found of a teacher, which several seeds may share."""
+        name = self.pipeline.teach(cell.seed).fingerprint
+        if self._found_of_teacher is None or self._found_of_teacher[0] != name:
+            self._found_of_teacher = name, self._measured(cell)
+        found = self._found_of_teacher[1]
+        rows, sliced = ([{**row, "seed": cell.seed} for row in each] for each in (found.rows, found.slices))
+        return _Found(rows, sliced, found.scores)
+
+    def _teacher(self, seed: int) -> dict[str, Heard]:
+        """Return what the teacher of a seed says of validation and test; the last one's is kept."""
+        name = self.pipeline.teach(seed).fingerprint
+        if name != self._taught[0]:
+            cell = next(each for each in self.pipeline.cells(seed) if each.role == "teacher")
+            self._taught = name, {part: self.measurement.hear(cell, part) for part in ("valid", "test")}
+        return self._taught[1]
+
+    def _measured(self, cell: Cell) -> _Found:
+        measurement, teacher = self.measurement, self._teacher(cell.seed)
+        student = cell.role != "teacher"
+        heard = {part: measurement.hear(cell, part) for part in ("valid", "test")} if student else teacher
+        weights = measurement.tune(heard["valid"])
+        decoded = {part: measurement.decoded(part, said, weights) for part, said in heard.items()}
+        # what calibrations are judged by is not what they are fitted on
+        calibrations = {"valid": {}, "test": measurement.calibrate(cell, decoded["valid"])}
+        if student:
+            # what an export takes off the times of words
+            write_json(cell.folder / "delay.json", {"delay_ms": measurement.lag(heard["valid"], teacher["valid"])})
+        rows: list[dict[str, Any]] = []
+        scores = {part: {name: each.scores for name, each in of_part.items()} for part, of_part in decoded.items()}
+        for part, said in heard.items():
+            metrics = _metrics(said, decoded[part], calibrations[part])
+            if part == "test" and student:
+                metrics |= _delays(measurement, cell, said, teacher["test"])
+            given: dict[str, Any] = {
+                "lm_weights": list(weights) if weights else None,
+                "intervals": _intervals(scores[part]),
+            }
+            given |= {"notes": _notes(said, cell.role in self._taken), **self._taken.get(cell.role, {})}
+            rows.append(_row(measurement, cell, part, metrics, **given))
+        about = {"role": cell.role, "model": _label(self.pipeline, cell), "seed": cell.seed}
+        return _Found(rows, [{**each, **about} for each in slices(scores["test"]["wer"])], scores)
 
 
 def _metrics(heard: Heard, decoded: Mapping[str, Decoded], calibrations: Mapping[str, Calibration]) -> dict[str, float]:
@@ -331,18 +188,6 @@ def _notes(heard: Heard, memory: bool) -> dict[str, str]:
         return {"real_time_factor": heard.timed}
     grown = "what a process grows by to load the model and hear the longest test utterance whole, one thread"
     return {"real_time_factor": heard.timed, "peak_memory_bytes": grown}
-
-
-def _first(durations: Sequence[float]) -> range:
-    """Return the utterances that a streaming model is timed on: the first ones, at least one."""
-    seconds = np.cumsum(durations[:_TIMED])
-    return range(max(1, int((seconds <= _TIMED_SECONDS).sum())))
-
-
-def _threads() -> str:
-    """Return how many threads torch works with, all of whose time is counted."""
-    threads = torch.get_num_threads()
-    return "one thread" if threads == 1 else f"{threads} threads together"
 
 
 def _delays(measurement: Measurement, cell: Cell, student: Heard, teacher: Heard) -> dict[str, float]:

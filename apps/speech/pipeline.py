@@ -32,6 +32,7 @@ from apps.speech.prepared import Prepared, prepare
 from apps.speech.teachers import CrossFitted, Teacher, teacher_lessons
 from kdcore import processes
 from kdcore.config import UserError, build, read_yaml, resolved
+from kdcore.folders import refuse_unwritable
 from kdcore.run import RunDirectory, belongs, deploy_model, fingerprint, gather_logs, provenance, read_json, write_json
 from kdcore.teaching import Term
 from kdcore.trainer import make_fabric
@@ -89,6 +90,8 @@ class Pipeline:
         """The data of the run, read and checked at the first call; configuration and provenance are written then."""
         with processes.first_process_first():
             known = self._reopened or self.run.refuse_other(resolved(self.config), SpeechConfig)
+            if not known:
+                refuse_unwritable(self.run.path)
             # what a command left behind that was refused, or killed, is of settings that nobody wrote down
             found = prepare(self.config, self.run.path, self.announce, anew=not known)
             if self.config.teacher.folds:

@@ -58,7 +58,7 @@ class Prepared:
         for part, corpus in self.corpora.items():
             words = sum(len((each.text or "").split()) for each in corpus.utterances)
             row: dict[str, Any] = {"part": part, "utterances": len(corpus), "hours": round(corpus.seconds / 3600, 3)}
-            row |= {"speakers": len({each.speaker for each in corpus.utterances}), "words": words}
+            row |= {"speakers": len({each.speaker for each in corpus.utterances if each.speaker}), "words": words}
             row["left out"] = self._left_out(part)
             row["remarks"] = _remarks(self.remarks.get(part, {}))
             names = (each.extra.get("corpus") for each in corpus.utterances)

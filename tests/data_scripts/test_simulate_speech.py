@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import signal
@@ -120,6 +121,16 @@ def test_an_error_while_speaking_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Speaker, "speak", fails)
     with pytest.raises(RuntimeError, match="broken"):
+        simulate(tmp_path / "out", utterances=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"sim000000-.*\.flac: cannot be written: No space left on device"):
         simulate(tmp_path / "out", utterances=3)
     assert list(tmp_path.iterdir()) == []
 

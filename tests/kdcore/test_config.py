@@ -247,3 +247,19 @@ def test_resolved_is_plain() -> None:
     plain = resolved(Outer(many=[Inner()]))
     assert plain == dataclasses.asdict(Outer(many=[Inner()]))
     assert yaml.safe_load(dump_yaml(plain)) == plain
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inner": {"steps": "few"}}, "c: inner.steps: got few, wanted a whole number"),
+        ({"inner": {"mode": "c"}}, "c: inner.mode: got c, wanted one of a, b"),
+        ({"limit": [1]}, "c: limit: got [1], wanted a number or null"),
+        # whose value it is
+        ({"inner": {"steps": 0}}, "c: inner: steps: got 0, wanted at least 1"),
+    ],
+)
+def test_errors_name_the_setting_and_what_is_wanted(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(Outer, values, "c")
+    assert str(error.value) == message

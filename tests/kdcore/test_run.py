@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -318,3 +320,25 @@ def test_a_damaged_json_file_is_named(tmp_path: Path, data: bytes, message: str)
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_json(tmp_path / "x.json", dict)
+
+
+def test_what_is_no_file_is_not_written_over(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a device or a pipe, wanted the name of a file"):
+            write_text(path, "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    write_text(tmp_path / "file", "old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new").symlink_to("../made")
+    write_text(tmp_path / "link", "new")
+    write_text(tmp_path / "folder" / "new", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    assert (tmp_path / "made").read_text() == "new" and [*(tmp_path / "folder").iterdir()] == [tmp_path / "folder/new"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as error, atomic_path(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path / "a")

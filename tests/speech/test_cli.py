@@ -16,6 +16,7 @@ from apps.speech.config import load_config
 from apps.speech.decode.lm import check_arpa
 from data_scripts.simulate_speech import simulate
 from kdcore.config import dump_yaml
+from kdcore.run import read_json
 from tests.speech.hugging_face import pretrained
 from tests.speech.small_runs import SIZES
 
@@ -86,7 +87,7 @@ def test_a_run_of_the_commands_from_recordings_to_report(
 
     monkeypatch.setattr("data_scripts.simulate_speech.simulate", simulated)
     # processes of their own, which test_measure starts
-    monkeypatch.setattr("apps.speech.measure.model_memory", lambda folder, longest: 1 << 20)
+    monkeypatch.setattr("apps.speech.measurement.model_memory", lambda folder, longest: 1 << 20)
     tiny = []
     for role, kind in (("teacher", "bilstm"), ("student", "conv_rnn")):
         tiny += [f"--{role}.options", json.dumps(SIZES[kind]), f"--{role}.trainer.max_epochs", "1"]
@@ -249,3 +250,48 @@ def test_a_run_can_be_gone_on_with_from_any_folder(
     capsys.readouterr()
     assert main([*words[:-1], "facebook/wav2vec2", "--out", "third"]) == 2
     assert "facebook/wav2vec2" in (said := capsys.readouterr().err) and str(here / "facebook") not in said
+
+
+def test_shards_say_what_their_recordings_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulate(tmp_path / "spoken", utterances=12)
+    about = json.loads((tmp_path / "spoken" / "dataset.json").read_text())
+    (tmp_path / "spoken" / "dataset.json").write_text(json.dumps({**about, "licence": "CC0-1.0"}))
+    assert main(["speech", "shards", "--data", "spoken", "--out", "shards"]) == 0
+    assert read_json(tmp_path / "shards" / "dataset.json") == {"simulated": True, "licence": "CC0-1.0"}
+    words = ["speech", "prepare", "--recipe", "demo", "--data", "shards", "--out", "run"]
+    assert main([*words, "--data.valid_speakers", "1", "--data.test_speakers", "1"]) == 0
+    assert read_json(tmp_path / "run" / "data" / "data.json")["simulated"] is True
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_data_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "file.txt").touch()
+    simulate(tmp_path / "spoken", utterances=12)
+    capsys.readouterr()
+    words = ["speech", "prepare", "--recipe", "demo", "--data", "spoken", "--out"]
+    assert main([*words, "below/file.txt/run"]) == 2
+    named = f"kd: error: --out: below/file.txt/run cannot be a folder: {tmp_path}/below/file.txt is a file\n"
+    assert capsys.readouterr().err == named
+    monkeypatch.setattr("kdcore.folders.os.access", lambda path, mode: path != tmp_path / "below")
+    assert main([*words, "below/run"]) == 2
+    named = f"kd: error: --out: below/run cannot be written to: {tmp_path}/below does not allow it\n"
+    assert capsys.readouterr().err == named
+
+
+def test_the_option_that_named_what_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulate(tmp_path / "spoken", utterances=12)
+    for option in ("--valid", "--unlabelled"):
+        capsys.readouterr()
+        assert main(["speech", "prepare", "--recipe", "demo", "--data", "spoken", option, "nowhere"]) == 2
+        assert f"kd: error: {option}: nowhere is no file or folder" in capsys.readouterr().err
+    assert main(["speech", "prepare", "--recipe", "demo", "--data", "spoken", "--student.options.sizee", "tiny"]) == 2
+    assert "unknown setting 'sizee', did you mean size" in capsys.readouterr().err

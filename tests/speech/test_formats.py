@@ -466,8 +466,13 @@ def test_a_folder_of_audio_and_text(tmp_path: Path) -> None:
     text(tmp_path / "s" / "a.txt", "yes\n no \n")
     assert read_corpus(tmp_path).utterances == (
         Utterance("b", "b.flac", None, 0.5),
-        Utterance("s/a", "s/a.wav", "yes no", 0.5),
+        Utterance("s/a", "s/a.wav", "yes no", 0.5, "s"),
     )
+    for name in ("dev/s/c.wav", "train/d.wav", "training course/s/e.wav"):
+        audio(tmp_path / name)
+    found = {u.id: (u.extra.get("split"), u.speaker) for u in read_corpus(tmp_path).utterances}
+    wanted = {"b": (None, ""), "s/a": (None, "s"), "dev/s/c": ("dev", "s"), "train/d": ("train", "")}
+    assert found == {**wanted, "training course/s/e": (None, "training course")}
     text(tmp_path / "b.txt", "\n")
     with pytest.raises(UserError, match=r"b\.txt: text: is empty"):
         read_corpus(tmp_path)
@@ -556,3 +561,25 @@ def test_bad_audio_is_counted_and_nothing_else_lost(tmp_path: Path) -> None:
         list(loaded(corpus, Tally(False)))
     tally = Tally(True)
     assert [u.id for u, _ in loaded(corpus, tally)] == ["a", "c"] and tally.counts == {"bad audio": 1}
+
+
+def test_kaldi_folders_in_a_folder_are_its_splits(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        audio(tmp_path / "data" / split / "wav" / f"{split}1.wav", 0.4)
+        audio(tmp_path / "far" / f"{split}2.wav", 0.4)
+        far = tmp_path / "far" / f"{split}2.wav"
+        text(tmp_path / "data" / split / "wav.scp", f"{split}1 wav/{split}1.wav\n{split}2 {far}\n")
+        text(tmp_path / "data" / split / "text", f"{split}1 yes\n{split}2 no\n")
+        text(tmp_path / "data" / split / "utt2spk", f"{split}1 {split}-s\n{split}2 {split}-s\n")
+    (tmp_path / "data" / "lang").mkdir()
+    corpus = read_corpus(tmp_path / "data")
+    assert corpus.splits == ("dev", "train")
+    assert [(u.id, u.text, u.speaker) for u in corpus.split("dev").utterances] == [
+        ("dev1", "yes", "dev-s"),
+        ("dev2", "no", "dev-s"),
+    ]
+    assert all(len(corpus.load(each)) == 6400 for each in corpus.utterances)
+    (tmp_path / "data" / "dev" / "wav.scp").write_text("dev1 |sox\n")
+    with pytest.raises(UserError, match=r"data/dev/wav\.scp: row 1: holds a command"):
+        read_corpus(tmp_path / "data")
+    assert {each.split for each in read_corpus(tmp_path / "data", skip_bad=True).left_out} == {"dev"}

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from apps.speech.decode.confidence import Calibration
 from apps.speech.evaluate import score
-from apps.speech.measure import Decoded, Heard, Measurement, _first, evaluate
+from apps.speech.measure import evaluate
+from apps.speech.measurement import Decoded, Heard, Measurement, _first
 from apps.speech.memory import model_memory
 from apps.speech.models.base import StreamingModel
 from apps.speech.models.store import load_model
-from apps.speech.pipeline import Pipeline
+from apps.speech.pipeline import Cell, Pipeline
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
 from kdcore.report import write_report
@@ -118,7 +120,7 @@ def test_a_student_is_timed_in_its_chunks_on_one_thread(pipeline: Pipeline, monk
     corpus, store = pipeline.prepared.corpora["test"], pipeline.prepared.store("test", "clean")
     monkeypatch.setattr(time, "process_time", lambda: clock() + 60 * len(spent))
     monkeypatch.setattr(StreamingModel, "stream", stream)
-    monkeypatch.setattr("apps.speech.measure._TIMED", 2)
+    monkeypatch.setattr("apps.speech.measurement._TIMED", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -173,6 +175,7 @@ def test_calibrations_are_judged_on_other_words_than_they_are_fitted_on(
     monkeypatch.setattr(Measurement, "decoded", lambda self, part, heard, weights: {"wer": found, "wer_lm": found})
     monkeypatch.setattr(Measurement, "lag", lambda self, student, teacher: 0)
     monkeypatch.setattr("apps.speech.measure._delays", lambda *given: {})
+    monkeypatch.setattr("apps.speech.measure.VERSION", -1)  # nothing that was found before counts
     rows = evaluate(pipeline)
     for row in rows:
         own = {name for name in row["metrics"] if name.startswith("ece")}
@@ -196,6 +199,37 @@ def test_words_of_the_language_model_have_their_confidences(pipeline: Pipeline) 
     assert len(found.confidences) == len(found.right) >= 0.9 * words
     assert found.right.sum() == (found.scores.words - found.scores.edits[:, :2].sum(axis=1)).sum() > 0
     assert ((found.confidences > 0) & (found.confidences <= 0.9 + 1e-6)).all()
+
+
+def test_what_was_found_is_kept_until_a_model_changes(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, heard = evaluate(pipeline), list[str]()
+    compared, hear = read_json(pipeline.run.path / "comparisons.json"), Measurement.hear
+
+    def noted(self: Measurement, cell: Cell, part: str) -> Heard:
+        heard.append(f"{cell.role} {part}")
+        return hear(self, cell, part)
+
+    monkeypatch.setattr(Measurement, "hear", noted)
+    assert evaluate(pipeline) == rows and heard == []
+    assert read_json(pipeline.run.path / "comparisons.json") == compared
+    # killed before the last one was whole
+    folder = pipeline.cells(0)[-1].folder
+    (folder.parent / "evaluation" / "student-0.json").unlink()
+    again = evaluate(pipeline)
+    assert heard == ["teacher valid", "teacher test", "student valid", "student test"]
+    assert [row["metrics"]["wer"] for row in again] == [row["metrics"]["wer"] for row in rows]
+    # one that was fitted again: what an export takes from an evaluation is not beside it
+    heard.clear()
+    (folder / "delay.json").unlink()
+    evaluate(pipeline)
+    assert heard[-1] == "student test" and (folder / "delay.json").exists()
+    heard.clear()
+    weights = load_file(folder / "model.safetensors")
+    before = (folder / "model.safetensors").read_bytes()
+    save_file({name: value * 1.5 for name, value in weights.items()}, folder / "model.safetensors")
+    evaluate(pipeline)
+    (folder / "model.safetensors").write_bytes(before)
+    assert heard[-1] == "student test" and "student_alone test" not in heard
 
 
 def test_every_unit_and_metric_has_its_interval(pipeline: Pipeline) -> None:

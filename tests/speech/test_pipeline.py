@@ -23,7 +23,8 @@ from apps.speech.data.folds import NO_FOLD
 from apps.speech.distill import SpeechStep
 from apps.speech.fitting import ask
 from apps.speech.lessons import TeacherLessons
-from apps.speech.measure import Measurement, evaluate, shown_utterance
+from apps.speech.measure import evaluate, shown_utterance
+from apps.speech.measurement import Measurement
 from apps.speech.models import new_model
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Pipeline, member_seed

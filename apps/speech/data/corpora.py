@@ -20,16 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apps.speech.data.formats import pattern_files, read_corpus
+from apps.speech.data.splits import PARTS, part_of
 from apps.speech.data.utterance import STORED, Corpus, Utterance
 from kdcore.config import UserError, nearest
 from kdcore.run import read_json
 
-# what the parts are called by those who publish corpora
-PARTS = {
-    "train": ("train", "training", "tr"),
-    "valid": ("valid", "dev", "val", "validation", "devel", "development"),
-    "test": ("test", "eval", "testing", "evaluation", "tst", "devtest"),
-}
 _SELECTION = re.compile(r"@(\w+)(!?=)([^@]*)")
 _SELECTED = re.compile(r"(.*?)((?:@\w+!?=[^@]*)+)", re.DOTALL)
 Given = str | Sequence[str]
@@ -70,8 +65,8 @@ def _value(utterance: Utterance, field: str) -> str | None:
     return None if value is None else str(value)
 
 
-def parse_corpus(text: str) -> tuple[str, tuple[Selection, ...]]:
-    """Return the name or path of a corpus, and what is selected of it (see the module)."""
+def parse_corpus(text: str, option: str = "--data") -> tuple[str, tuple[Selection, ...]]:
+    """Return the name or path of a corpus, and what is selected of it (see the module); errors name the ``option``."""
     match = _SELECTED.fullmatch(text)
     if match is None or os.path.exists(text):
         return text, ()
@@ -79,18 +74,18 @@ def parse_corpus(text: str) -> tuple[str, tuple[Selection, ...]]:
     for field, sign, values in _SELECTION.findall(match[2]):
         named = tuple(dict.fromkeys(value.strip() for value in values.split(",") if value.strip()))
         if not named:
-            raise UserError(f"--data: {text}: wanted values after {field}{sign}")
+            raise UserError(f"{option}: {text}: wanted values after {field}{sign}")
         selections.append(Selection(field, named, sign == "!="))
     return match[1], tuple(selections)
 
 
-def find_data(name: str) -> Path:
+def find_data(name: str, option: str = "--data") -> Path:
     """Return a path, or that of a corpus by its name in the data folder (``KD_DATA``, or ``data``).
 
     Shards may be named by a pattern, as ``shards/part-*.tar``.
 
     Raises:
-        UserError: neither is there; the text says where it was looked for.
+        UserError: neither is there; the text names the ``option`` and says where it was looked for.
     """
     roots = [Path(os.environ["KD_DATA"]) / "speech"] if os.environ.get("KD_DATA") else []
     places = [Path(name), *(root / name for root in (*roots, Path("data")))]
@@ -98,7 +93,7 @@ def find_data(name: str) -> Path:
         if os.path.exists(place) or pattern_files(place):
             return place
     looked = ", ".join(map(str, places[1:]))
-    raise UserError(f"--data: {name} is no file or folder, and not among the corpora ({looked}; set KD_DATA)")
+    raise UserError(f"{option}: {name} is no file or folder, and not among the corpora ({looked}; set KD_DATA)")
 
 
 def absolute_name(text: str) -> str:
@@ -140,23 +135,26 @@ class Sources:
         self.unused: list[str] = []
         self._corpora: dict[Path, Corpus] = {}
 
-    def whole(self, given: Given) -> Corpus:
-        """Return all of some corpora."""
-        return join([corpus for _, corpus, _ in self._read(given)])
+    def whole(self, given: Given, option: str = "--data") -> Corpus:
+        """Return all of some corpora, which ``option`` named."""
+        return join([corpus for _, corpus, _ in self._read(given, option)])
 
     def part(self, given: Given, part: str) -> Corpus:
         """Return a part as it was named: of a corpus with splits the one of that name, of others the whole.
+
+        Rows that name no split are for training.
 
         Raises:
             UserError: a corpus has splits of other parts only, and none was selected.
         """
         found = []
-        for text, corpus, selections in self._read(given):
+        for text, corpus, selections in self._read(given, f"--{part}"):
             own = _parts(corpus)
             if any(selection.field == "split" for selection in selections):
                 pass  # as it was named
             elif part in own:
-                corpus = corpus.split(*own[part])
+                self.unused += [name for name in corpus.splits if name not in own[part]]
+                corpus = corpus.split(*own[part], unnamed=part == "train")
             elif own:
                 known = ", ".join(corpus.splits)
                 raise UserError(f"data.{part}: {text} has no split {part}, it has {known}; choose: {text}@split=NAME")
@@ -164,29 +162,33 @@ class Sources:
         return join(found)
 
     def parts(self, given: Given) -> dict[str, Corpus]:
-        """Return the parts that some corpora have together; what belongs to none of them is for training."""
+        """Return the parts that some corpora have together; rows that name no split are for training.
+
+        So is what belongs to no part, where none of the splits of a corpus is a training part.
+        """
         found: dict[str, list[Corpus]] = {part: [] for part in PARTS}
-        for _, corpus, _ in self._read(given):
+        for _, corpus, _ in self._read(given, "--data"):
             own = _parts(corpus)
             taken = {name for names in own.values() for name in names}
-            for part, names in own.items():
-                found[part].append(corpus.split(*names))
+            others = [name for name in corpus.splits if name not in taken]
             if "train" in own:
-                self.unused += [name for name in corpus.splits if name not in taken]
-            else:
-                rest = corpus.select(lambda each, taken=taken: each.extra.get("split") not in taken)  # type: ignore[misc]
-                found["train"] += [rest] if len(rest) else []
+                self.unused += others
+            for part, names in own.items():
+                if part != "train":
+                    found[part].append(corpus.split(*names))
+            trained = corpus.split(*own.get("train", others), unnamed=True)
+            found["train"] += [trained] if len(trained) else []
         return {part: join(pieces) for part, pieces in found.items() if pieces}
 
-    def _read(self, given: Given) -> list[tuple[str, Corpus, tuple[Selection, ...]]]:
+    def _read(self, given: Given, option: str) -> list[tuple[str, Corpus, tuple[Selection, ...]]]:
         texts = [given] if isinstance(given, str) else list(given)
         if not texts:
             raise UserError("data: got an empty list, wanted at least one corpus")
-        return [(text, *self._selected(text)) for text in texts]
+        return [(text, *self._selected(text, option)) for text in texts]
 
-    def _selected(self, text: str) -> tuple[Corpus, tuple[Selection, ...]]:
-        name, selections = parse_corpus(text)
-        path = find_data(name)
+    def _selected(self, text: str, option: str) -> tuple[Corpus, tuple[Selection, ...]]:
+        name, selections = parse_corpus(text, option)
+        path = find_data(name, option)
         if path not in self._corpora:
             self._corpora[path] = read_corpus(path, skip_bad=self.skip_bad)
             simulated = _simulated(self._corpora[path].folder / "dataset.json")
@@ -218,18 +220,6 @@ def _simulated(about: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(said, dict) and said.get("simulated") is True
-
-
-def part_of(split: str) -> str | None:
-    """Return the part that a split is by its name, as ``train-clean-100`` or ``eval2000``; None for another.
-
-    The last word that names one counts: ``train_dev`` validates, and of Kaldi's names ``test_dev93`` does too. What
-    follows a ``no`` does not: ``train_no_dev`` trains.
-    """
-    words = re.sub(r"(?<![a-z])no[-_. ]?(dev|test|eval)(?![a-z])", "", split.lower())
-    of_word = {name: part for part, names in PARTS.items() for name in names}
-    found = [of_word[word] for word in re.findall(r"[a-z]+", words) if word in of_word]
-    return found[-1] if found else None
 
 
 def _parts(corpus: Corpus) -> dict[str, tuple[str, ...]]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from apps.speech.audio import audio_info
-from apps.speech.data.manifest import Row, collect, inside, manifest_rows, text_lines
+from apps.speech.data.kaldi import kaldi, kaldi_folders
+from apps.speech.data.manifest import Row, collect, inside, manifest_rows, of_split, printable, text_lines, twice
+from apps.speech.data.splits import PARTS
 from apps.speech.data.utterance import FIELDS, MEANT, BadRow, Corpus
 from kdcore.config import UserError, nearest
 
@@ -33,8 +32,8 @@ _LONGEST_FIELD = 1 << 17
 _PATTERN = re.compile(r"[*?[]")
 # shards of a range of numbers, as WebDataset names them
 _SPAN = re.compile(r"([^{}]*)\{(\d{1,9})\.\.(\d{1,9})\}([^{}]*)")
-_SIDES = {"A": 0, "B": 1, "1": 0, "2": 1}
 _AN4 = ("train", "test")
+_SPLITS = frozenset(name for names in PARTS.values() for name in names)
 _AN4_TRANSCRIPT = re.compile(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\(([^()\s]+)\)")
 
 
@@ -89,7 +88,7 @@ def detect_format(source: Path) -> str:
         raise UserError(f"{source}: wanted a manifest (.jsonl), a table of Common Voice (.tsv), shards or a folder")
     if not source.exists() or (source / "shards.json").is_file():
         return "shards"  # without a file of that name it is a pattern
-    if (source / "wav.scp").is_file():
+    if kaldi_folders(source):
         return "kaldi"
     if _manifests(source):
         return "manifest"
@@ -140,17 +139,7 @@ def _manifest(source: Path) -> Iterator[Row | BadRow]:
     if not files:
         raise UserError(f"{source}: holds no *.jsonl and no *manifest.json with rows of audio")
     for file in files:
-        yield from _of_split(manifest_rows(file), file.stem if len(files) > 1 else None)
-
-
-def _of_split(rows: Iterator[Row | BadRow], split: str | None) -> Iterator[Row | BadRow]:
-    """Yield the rows of a file or folder that is a split; one that names its own keeps it."""
-    for row in rows:
-        if split is not None and isinstance(row, BadRow):
-            row.split = row.split or split
-        elif split is not None and isinstance(row, Row) and row.values.get("split") is None:
-            row = replace(row, values={**row.values, "split": split})
-        yield row
+        yield from of_split(manifest_rows(file), file.stem if len(files) > 1 else None)
 
 
 def _refuse_outside(where: str, column: str, name: str, folder: Path) -> None:
@@ -167,7 +156,7 @@ def _librispeech(source: Path) -> Iterator[Row | BadRow]:
         below = listing.parent.relative_to(source)
         # split/speaker/chapter below the root of the corpus or what it was unpacked in, speaker/chapter below a split
         split = below.parts[-3] if len(below.parts) > 2 else None
-        yield from _of_split(_chapter(listing, below), split)
+        yield from of_split(_chapter(listing, below), split)
 
 
 def _chapter(listing: Path, below: Path) -> Iterator[Row | BadRow]:
@@ -200,7 +189,7 @@ def _common_voice(source: Path) -> Iterator[Row | BadRow]:
     if not files and not (source / "validated.tsv").is_file():
         raise UserError(f"{source}: holds none of {', '.join(_COMMON_VOICE)}, validated.tsv")
     for file in files:
-        yield from _of_split(_table(file), file.stem)
+        yield from of_split(_table(file), file.stem)
     if not files:
         yield from _table(source / "validated.tsv")
 
@@ -219,7 +208,7 @@ def _table(path: Path) -> Iterator[Row | BadRow]:
             header = line.split("\t")
             missing = [name for name in ("path", "sentence") if name not in header]
             if missing:
-                named = ", ".join(map(_shown, header[:20]))
+                named = ", ".join(map(printable, header[:20]))
                 raise UserError(f"{where}: has no column {' and '.join(missing)}; got {named}")
         elif isinstance(line, BadRow):
             yield line
@@ -237,10 +226,10 @@ def _table_row(path: Path, where: str, header: list[str], line: str) -> Row:
         raise BadRow("unreadable row", f"{where}: has {len(fields)} fields, wanted {len(header)}")
     for column, value in zip(header, fields, strict=True):
         if "\r" in value:
-            raise BadRow("unreadable row", f"{where}: {_shown(column)}: holds a carriage return, wanted one line")
+            raise BadRow("unreadable row", f"{where}: {printable(column)}: holds a carriage return, wanted one line")
         if len(value) > _LONGEST_FIELD:
             problem = f"has {len(value)} characters, wanted at most {_LONGEST_FIELD}"
-            raise BadRow("unreadable row", f"{where}: {_shown(column)}: {problem}")
+            raise BadRow("unreadable row", f"{where}: {printable(column)}: {problem}")
     named = dict(zip(header, fields, strict=True))
     if named["path"]:
         _refuse_outside(where, "path", named["path"], path.parent / "clips")
@@ -252,10 +241,6 @@ def _table_row(path: Path, where: str, header: list[str], line: str) -> Row:
         "speaker": named.get("client_id", ""),
     }
     return Row(where, values, {key: each for key, each in named.items() if key not in own and each}, columns)
-
-
-def _shown(column: str) -> str:
-    return column if column.isprintable() and len(column) <= 60 else ascii(column[:60])
 
 
 def _an4(source: Path) -> Iterator[Row | BadRow]:
@@ -272,7 +257,7 @@ def _an4(source: Path) -> Iterator[Row | BadRow]:
     if not next(_walk(wav, AUDIO_SUFFIXES), None) and next(_walk(wav, (".raw",)), None):
         raise UserError(f"{wav}: holds .raw files only, which say nothing of their format; wanted AN4 as .sph or .wav")
     for split in splits:
-        yield from _of_split(_an4_part(source, split), split)
+        yield from of_split(_an4_part(source, split), split)
 
 
 def _an4_part(source: Path, split: str) -> Iterator[Row | BadRow]:
@@ -293,7 +278,7 @@ def _an4_part(source: Path, split: str) -> Iterator[Row | BadRow]:
         try:
             _refuse_outside(where, "file", name, source / "wav")
             if last not in texts:
-                raise BadRow("no transcript", f"{where}: {_shown(last)} is not in {transcription}")
+                raise BadRow("no transcript", f"{where}: {printable(last)} is not in {transcription}")
         except BadRow as error:
             yield error
             continue
@@ -307,7 +292,7 @@ def _an4_part(source: Path, split: str) -> Iterator[Row | BadRow]:
         yield Row(where, values)
     for name, (number, _) in texts.items():
         if name not in named:
-            yield BadRow("no audio", f"{transcription}: row {number}: {_shown(name)} is not in {listing}")
+            yield BadRow("no audio", f"{transcription}: row {number}: {printable(name)} is not in {listing}")
 
 
 def _an4_texts(path: Path, bad: list[BadRow]) -> dict[str, tuple[int, str]]:
@@ -324,127 +309,18 @@ def _an4_texts(path: Path, bad: list[BadRow]) -> dict[str, tuple[int, str]]:
             if match is None:
                 bad.append(BadRow("unreadable row", f"{where}: got {line[:60]!a}, wanted words and (ID)"))
             elif match[2] in found:
-                bad.append(_twice(where, match[2], found[match[2]][0]))
+                bad.append(twice(where, match[2], found[match[2]][0]))
             else:
                 found[match[2]] = number, match[1]
     return found
 
 
-def _twice(where: str, name: str, first: int) -> BadRow:
-    return BadRow("duplicate id", f"{where}: {_shown(name)} stands there twice, first in row {first}")
-
-
-def _kaldi(source: Path) -> Iterator[Row | BadRow]:
-    """Yield the utterances of a Kaldi data folder: wav.scp and, if there, text, utt2spk, segments, utt2dur.
-
-    ``wav.scp`` may name files anywhere, as it does in Kaldi; a relative path starts from the folder. Of a file with
-    several channels a recording is the one that ``reco2file_and_channel`` says.
-    """
-    _wanted_folder(source, "kaldi")
-    bad: list[BadRow] = []
-    recordings = _mapping(source / "wav.scp", bad, required=True)
-    texts, speakers, durations = (_mapping(source / name, bad) for name in ("text", "utt2spk", "utt2dur"))
-    segments, sides = (_mapping(source / name, bad) for name in ("segments", "reco2file_and_channel"))
-    yield from bad
-    utterances = recordings if segments is None else segments
-    channels: dict[str, int] = {}
-    for name, (number, value) in (utterances or {}).items():
-        file = source / ("wav.scp" if segments is None else "segments")
-        where = f"{file}: row {number}"
-        try:
-            values: dict[str, Any] = _segment(where, value) if segments is not None else {"audio": name}
-            recording = values["audio"]
-            values["audio"] = _recording(source, where, recording, recordings or {})
-            extra = _side(source, recording, values["audio"], sides or {}, channels)
-            if texts is not None and name not in texts:
-                raise BadRow("no transcript", f"{where}: {name} is not in {source / 'text'}")
-            if durations is not None and name in durations and segments is None:
-                values["duration"] = _number(f"{source / 'utt2dur'}: row {durations[name][0]}", durations[name][1])
-        except BadRow as error:
-            yield error
-            continue
-        values |= {"id": name, "text": texts[name][1] if texts is not None else None}
-        values["speaker"] = speakers[name][1].strip() if speakers is not None and name in speakers else ""
-        yield Row(where, values, extra, {"audio": "path", "duration": "end"})
-    for name, (number, _) in (texts or {}).items():
-        if name not in (utterances or {}):
-            yield BadRow("no audio", f"{source / 'text'}: row {number}: {name} has no audio")
-
-
-def _mapping(path: Path, bad: list[BadRow], required: bool = False) -> dict[str, tuple[int, str]] | None:
-    """Return row and value by the first word of each line; None if the file is not there.
-
-    Rows that cannot be read or whose first word was there before are put in ``bad``.
-    """
-    if not path.is_file():
-        if required:
-            raise UserError(f"{path}: does not exist; a Kaldi data folder has it")
-        return None
-    found: dict[str, tuple[int, str]] = {}
-    for number, line in text_lines(path):
-        if isinstance(line, BadRow):
-            bad.append(line)
-        elif words := line.split(maxsplit=1):
-            if words[0] in found:
-                bad.append(_twice(f"{path}: row {number}", words[0], found[words[0]][0]))
-            else:
-                found[words[0]] = number, words[1].strip() if len(words) > 1 else ""
-    return found
-
-
-def _recording(source: Path, where: str, name: str, recordings: dict[str, tuple[int, str]]) -> str:
-    if name not in recordings:
-        raise BadRow("no audio", f"{where}: {name} is not in {source / 'wav.scp'}")
-    number, audio = recordings[name]
-    if audio.endswith("|") or audio.startswith("|") or audio == "-":
-        raise BadRow(
-            "command in wav.scp",
-            f"{source / 'wav.scp'}: row {number}: holds a command, which is never run ({audio[:60]}); "
-            "write the audio to a file and name that",
-        )
-    return audio
-
-
-def _side(
-    source: Path, recording: str, audio: str, sides: dict[str, tuple[int, str]], channels: dict[str, int]
-) -> dict[str, int]:
-    """Return the channel of a recording, A or 1 the first; none where its file has one (kept in ``channels``)."""
-    if recording not in sides:
-        return {}
-    if audio not in channels:
-        try:
-            channels[audio] = audio_info(source / audio).channels
-        except UserError:
-            channels[audio] = 1  # whoever reads it says what is wrong
-    if channels[audio] == 1:
-        return {}
-    number, value = sides[recording]
-    side = (value.split() or [""])[-1].upper()
-    if side not in _SIDES:
-        where = f"{source / 'reco2file_and_channel'}: row {number}"
-        raise BadRow("unreadable row", f"{where}: got {side[:20]!r}, wanted a channel, {' or '.join(_SIDES)}")
-    return {"channel": _SIDES[side]}
-
-
-def _segment(where: str, value: str) -> dict[str, Any]:
-    fields = value.split()
-    if len(fields) != 3:
-        raise BadRow("unreadable row", f"{where}: got {value[:60]!r}, wanted a recording, its start and end in seconds")
-    start, end = _number(where, fields[1]), _number(where, fields[2])
-    if end == -1:  # Kaldi's word for the end of the recording
-        return {"audio": fields[0], "offset": start}
-    return {"audio": fields[0], "offset": start, "duration": end - start}
-
-
-def _number(where: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise BadRow("unreadable row", f"{where}: got {text[:60]!r}, wanted a number of seconds") from None
-
-
 def _folder(source: Path) -> Iterator[Row | BadRow]:
-    """Yield every audio file below a folder; the .txt of the same name beside it, if any, is its text."""
+    """Yield every audio file below a folder; the .txt of the same name beside it, if any, is its text.
+
+    A folder at the top with the name of a part (``splits.PARTS``) is a split; the next one below it, or else the one at
+    the top, is taken for a speaker.
+    """
     _wanted_folder(source, "folder")
     for audio in _walk(source, (*AUDIO_SUFFIXES, *_OTHER_AUDIO)):
         if audio.suffix.lower() in _OTHER_AUDIO:
@@ -467,6 +343,9 @@ def _folder(source: Path) -> Iterator[Row | BadRow]:
                 continue
             text = " ".join(line.strip() for _, line in lines if isinstance(line, str))
         values = {"id": below.with_suffix("").as_posix(), "audio": below.as_posix(), "text": text}
+        split = below.parts[0] if len(below.parts) > 1 and below.parts[0].lower() in _SPLITS else None
+        speakers = below.parts[split is not None : -1]
+        values |= {"split": split, "speaker": speakers[0] if speakers else ""}
         yield Row(str(listing if text is not None else audio), values)
 
 
@@ -486,7 +365,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     "librispeech": _librispeech,
     "common_voice": _common_voice,
     "an4": _an4,
-    "kaldi": _kaldi,
+    "kaldi": kaldi,
     "folder": _folder,
     "shards": _shards,
 }

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -237,6 +237,26 @@ def text_lines(path: Path) -> Iterator[tuple[int, str | BadRow]]:
                     yield number, BadRow("unreadable row", f"{where}: is not UTF-8 text")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def of_split(rows: Iterator[Row | BadRow], split: str | None) -> Iterator[Row | BadRow]:
+    """Yield the rows of a file or folder that is a split; one that names its own keeps it."""
+    for row in rows:
+        if split is not None and isinstance(row, BadRow):
+            row.split = row.split or split
+        elif split is not None and isinstance(row, Row) and row.values.get("split") is None:
+            row = replace(row, values={**row.values, "split": split})
+        yield row
+
+
+def printable(column: str) -> str:
+    """Return a name as an error shows it."""
+    return column if column.isprintable() and len(column) <= 60 else ascii(column[:60])
+
+
+def twice(where: str, name: str, first: int) -> BadRow:
+    """Return what is wrong with a row whose name an earlier one has."""
+    return BadRow("duplicate id", f"{where}: {printable(name)} stands there twice, first in row {first}")
 
 
 def write_manifest(path: str | os.PathLike[str], corpus: Corpus) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from apps.speech.audio import examine, is_beginning
 from apps.speech.config import DataConfig
-from apps.speech.data.corpora import PARTS, Source, Sources, part_of, refuse_shared
+from apps.speech.data.corpora import Source, Sources, refuse_shared
+from apps.speech.data.splits import PARTS, part_of
 from apps.speech.data.utterance import (
     BadRow,
     Corpus,
@@ -31,6 +32,7 @@ from kdcore.config import UserError
 _NAMED = 5
 # stands for a part where rows that were left out could be of several
 UNPLACED = "part unknown"
+_PURPOSE = {"valid": "validate on", "test": "test on"}
 Announce = Callable[[str], None]
 
 
@@ -94,13 +96,20 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
             found[part] = sources.part(given, part)
     if "train" not in found:
         raise UserError("wanted --data NAME or PATH that has recordings to train on, or data.train and data.test")
+    if not any(each.text is not None for each in found["train"].utterances):
+        raise UserError(f"train: none of the {len(found['train'])} utterances in {found['train'].folder} has a text")
     _announce_splits(found, sources, announce)
     for part, count in (("test", config.test_speakers), ("valid", config.valid_speakers)):
-        if part not in found:
+        if part in found:
+            if count != getattr(DataConfig, f"{part}_speakers"):
+                announce(f"data.{part}_speakers: not needed, there is a part to {_PURPOSE[part]}")
+        else:
             found["train"], found[part] = hold_out_speakers(found["train"], count=count, seed=config.split_seed)
+            left = len({each.speaker for each in found["train"].utterances})
+            announce(f"{part}: {count} speakers held out (data.{part}_speakers), {left} left to train on")
     refuse_shared(found, list(PARTS))
     if config.unlabelled is not None:
-        corpus = sources.whole(config.unlabelled)
+        corpus = sources.whole(config.unlabelled, "--unlabelled")
         found["unlabelled"] = replace(corpus, utterances=tuple(replace(u, text=None) for u in corpus.utterances))
         judged = {part: found[part].select(lambda each: each.text is not None) for part in ("valid", "test")}
         refuse_shared({**judged, "unlabelled": corpus}, ["unlabelled", "valid", "test"])

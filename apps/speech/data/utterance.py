@@ -104,8 +104,10 @@ class Corpus:
         """The names of the splits in the order they appear; none where the source has no splits."""
         return tuple(dict.fromkeys(each.extra["split"] for each in self.utterances if "split" in each.extra))
 
-    def split(self, *names: str) -> Corpus:
-        """Return the utterances of one split or of several; what was left out of other splits is not of them.
+    def split(self, *names: str, unnamed: bool = False) -> Corpus:
+        """Return the utterances of some splits; what was left out of other splits is not of them.
+
+        With ``unnamed`` those that name no split are of them too.
 
         Raises:
             UserError: there is no such split; it names those that are there.
@@ -115,7 +117,8 @@ class Corpus:
             if name not in known:
                 raise UserError(f"{self.folder}: has no split {name!r}; there is {', '.join(known) or 'none'}")
         left_out = tuple(each for each in self.left_out if each.split in (*names, None))
-        return replace(self.select(lambda each: each.extra.get("split") in names), left_out=left_out)
+        wanted = (*names, None) if unnamed else names
+        return replace(self.select(lambda each: each.extra.get("split") in wanted), left_out=left_out)
 
     def select(self, wanted: Callable[[Utterance], bool]) -> Corpus:
         """Return the utterances for which ``wanted`` is true, in their order.
@@ -241,7 +244,7 @@ class Tally:
         key = error.reason, error.split
         self._counts[key] += 1
         problems = self._problems.setdefault(key, [])
-        if len(problems) < NAMED:
+        if len(problems) < NAMED and str(error) not in problems:
             problems.append(str(error))
 
 

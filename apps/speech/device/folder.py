@@ -120,10 +120,14 @@ class ExportedFolder:
         return tuple(name for name in MODELS if name in self.files)
 
     def model(self, int8: bool) -> Path:
-        """Return the file of the model with int8 weights or with float32 ones; UserError where it was left out."""
+        """Return the file of the model with int8 weights or with float32 ones.
+
+        UserError where it was left out; the message says how the other one is asked for.
+        """
         name = INT8_MODEL if int8 else MODEL
         if name not in self.files:
-            raise UserError(f"{self.path / name}: was not exported; the folder has {', '.join(self.models)}")
+            how = "--fp32 runs it" if int8 else "it runs without --fp32"
+            raise UserError(f"{self.path / name}: was not exported; the folder has {', '.join(self.models)}: {how}")
         return self.path / name
 
     def calibration(self, *, lexicon: bool) -> dict[str, float] | None:

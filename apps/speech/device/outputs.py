@@ -110,9 +110,14 @@ def check_settings(out: Path, about: dict[str, Any], *, begun: bool) -> None:
         before = None
     if not isinstance(before, dict):
         raise UserError(f"{path}: is missing or damaged, so it is not known what {out} was made with; choose another")
-    other = [name for name, value in about.items() if before.get(name) != value]
+    other = [f"{name} {_plain(before.get(name))}" for name, value in about.items() if before.get(name) != value]
     if other:
-        raise UserError(f"{out}: was made with another {', '.join(other)}; choose another --out or remove it")
+        raise UserError(f"{out}: was made with {', '.join(other)}; choose another --out or remove it")
+
+
+def _plain(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _settings_path(out: Path) -> Path:

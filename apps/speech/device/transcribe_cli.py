@@ -141,14 +141,21 @@ def _run(args: argparse.Namespace) -> int:
     if args.mic or args.stdin_pcm:
         return _live(args, setup)
     alone = args.manifest is None and len(args.files) == 1 and not args.json
-    if alone and (not args.out or (_suffix(args) and _is_subtitle_file(args.out))):
+    if alone and (not args.out or (_suffix(args) and _is_subtitle_file(args.out, _suffix(args)))):
         return _one(args, setup)
     return _batch(args, setup)
 
 
-def _is_subtitle_file(out: Path) -> bool:
-    """Return whether --out names a file of subtitles, not the folder of several."""
-    return out.suffix.lower() in (".srt", ".vtt") and not out.is_dir()
+def _is_subtitle_file(out: Path, wanted: str) -> bool:
+    """Return whether --out names a file of subtitles, not the folder of several; UserError for the other kind's."""
+    named = out.suffix.lower()
+    if named not in (".srt", ".vtt") or out.is_dir():
+        return False
+    if named != wanted:
+        raise UserError(
+            f"--out: {out} is named for other subtitles, wanted {out.with_suffix(wanted).name} of --{wanted[1:]}"
+        )
+    return True
 
 
 def setup_of(args: argparse.Namespace) -> Setup:

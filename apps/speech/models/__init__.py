@@ -63,6 +63,9 @@ def model_options(kind: str, options: Mapping[str, Any]) -> Any:
     of_size = {} if size is None else dict(sizes[size])
     if kind == ConvRnn.kind and given.get("cell") == "gru" and size in _GRU_HIDDEN:
         of_size["hidden"] = _GRU_HIDDEN[size]
+    names = [each.name for each in fields(KINDS[kind][1])]
+    if sizes and (unknown := next((name for name in given if name not in names), None)) is not None:
+        raise UserError(f"options: unknown setting {str(unknown)!r}, {nearest(str(unknown), ['size', *names])}")
     return build(KINDS[kind][1], {**of_size, **given}, "options")
 
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.speech.config import DataConfig
-from apps.speech.data.corpora import Selection, absolute_name, find_data, parse_corpus, part_of
+from apps.speech.data.corpora import Selection, absolute_name, find_data, parse_corpus
 from apps.speech.data.formats import read_corpus
 from apps.speech.data.parts import Parts, read_parts
 from apps.speech.data.shards import write_shards
+from apps.speech.data.splits import part_of
 from kdcore.config import UserError
 from kdcore.run import read_json
 from tests.speech.small_runs import small
@@ -60,6 +61,39 @@ def test_splits_are_parts_by_their_names(tmp_path: Path) -> None:
         ids(parts)["test"] == ["c"] and "not used: extra (--train, --valid or --test CORPUS@split=NAME would)" in said
     )
     assert not any(line.startswith("valid: train_nodup") for line in said)
+
+
+def test_rows_that_name_no_split_are_trained_on(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "c", {"all": [(name, name) for name in "abcdef"]})
+    rows = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
+    splits = {"a": "train", "c": "dev", "d": "test", "e": "extra"}
+    named = [{**row, "split": splits[row["id"]]} if row["id"] in splits else row for row in rows]
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    wanted = {"train": ["a", "b", "f"], "valid": ["c"], "test": ["d"]}
+    assert ids(read(path=str(folder))) == wanted
+    said: list[str] = []
+    given = {part: str(folder) for part in ("train", "valid", "test")}
+    assert ids(read_parts(DataConfig(**given), said.append)) == wanted  # type: ignore[arg-type]
+    assert "not used: extra (--train, --valid or --test CORPUS@split=NAME would)" in said
+    write_shards(read_corpus(folder), tmp_path / "shards")
+    assert ids(read(path=str(tmp_path / "shards"))) == wanted
+
+
+def test_what_is_held_out_is_said(both: tuple[Path, Path]) -> None:
+    said: list[str] = []
+    read_parts(DataConfig(path=str(both[1]), valid_speakers=1, test_speakers=2), said.append)
+    assert "test: 2 speakers held out (data.test_speakers), 2 left to train on" in said
+    assert "valid: 1 speakers held out (data.valid_speakers), 1 left to train on" in said
+    said.clear()
+    read_parts(DataConfig(path=str(both[0]), valid_speakers=1, test_speakers=2), said.append)
+    assert "data.test_speakers: not needed, there is a part to test on" in said
+
+
+def test_training_without_any_text_is_refused(both: tuple[Path, Path]) -> None:
+    rows = [json.loads(line) for line in (both[1] / "metadata.jsonl").read_text().splitlines()]
+    (both[1] / "metadata.jsonl").write_text("".join(json.dumps({**row, "text": None}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"^train: none of the 4 utterances in .*two has a text"):
+        read(path=str(both[1]))
 
 
 @pytest.mark.parametrize(

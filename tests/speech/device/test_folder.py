@@ -227,7 +227,9 @@ def test_a_model_that_was_left_out(folder: Path) -> None:
     (folder / "model.onnx").unlink()
     found = ExportedFolder.open(folder, verify=True)
     assert found.models == ("model.int8.onnx",)
-    with pytest.raises(UserError, match=r"model\.onnx: was not exported; the folder has model\.int8\.onnx"):
+    with pytest.raises(
+        UserError, match=r"model\.onnx: was not exported; the folder has model\.int8\.onnx: it runs without"
+    ):
         found.model(False)
 
 

@@ -136,7 +136,7 @@ def test_an_interrupted_batch_goes_on(folder: Path, clips: list[str], tmp_path: 
         out.write_bytes(kept + whole[first:torn])
         assert run(folder, "--out", str(out), *clips) == 0
         assert out.read_bytes() == kept + whole[first:]  # what was there is kept, the torn line is made again
-    with pytest.raises(UserError, match="made with another beam"):
+    with pytest.raises(UserError, match="made with beam 1; choose"):
         run(folder, "--out", str(out), "--beam", "4", *clips)
     assert out.read_bytes() == kept + whole[first:]
     (tmp_path / "texts.jsonl.settings.json").unlink()
@@ -183,11 +183,17 @@ def test_subtitles_of_several_files(folder: Path, clips: list[str], tmp_path: Pa
     assert one.read_text(encoding="utf-8").startswith("WEBVTT")
 
 
+def test_a_file_named_for_other_subtitles_is_not_written(folder: Path, clips: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.srt is named for other subtitles, wanted a\.vtt of --vtt"):
+        run(folder, "--vtt", "--out", str(tmp_path / "a.srt"), clips[0])
+    assert not (tmp_path / "a.srt").exists()
+
+
 def test_a_folder_of_subtitles_has_one_batchs_settings(folder: Path, clips: list[str], tmp_path: Path) -> None:
     out = tmp_path / "cues"
     assert run(folder, "--srt", "--out", str(out), clips[0]) == 0
     for form, file in (("--srt", clips[1]), ("--vtt", clips[0])):
-        with pytest.raises(UserError, match="cues: was made with another int8; choose another --out or remove it"):
+        with pytest.raises(UserError, match="cues: was made with int8 true; choose another --out or remove it"):
             run(folder, "--fp32", form, "--out", str(out), file)
     assert [path.name for path in out.iterdir()] == ["0.srt"]
     assert json.loads((tmp_path / "cues.settings.json").read_text(encoding="utf-8"))["int8"] is True
@@ -627,7 +633,7 @@ def test_an_offset_is_removed_where_it_is_asked_for(folder: Path, remarkable: li
     made = [setup_of(parsed(folder, "a.wav", *words)) for words in ([], ["--remove-offset"])]
     assert [each.recognizer().remove_offset for each in made] == [False, True]
     assert run(folder, "--remove-offset", "--out", str(out), "--json", remarkable[0]) == 0
-    with pytest.raises(UserError, match="was made with another remove_offset"):
+    with pytest.raises(UserError, match="was made with remove_offset true; choose"):
         run(folder, "--out", str(out), *remarkable)
     # an output from before there was the option is gone on with
     settings_file = tmp_path / "out.jsonl.settings.json"
