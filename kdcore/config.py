@@ -121,24 +121,30 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "configuration"
         namespace = parser.parse_object(plain)
         return cls(**vars(parser.instantiate(namespace)))
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        text = _one_line(error)
-        named = isinstance(error, jsonargparse.ArgumentError)
-        raise UserError(f"{source}: {'' if named else _owner(cls, plain)}{text}") from None
+        said = None if isinstance(error, jsonargparse.ArgumentError) else _of_part(cls, _checked(cls, values, source))
+        raise UserError(f"{source}: {said or _one_line(error)}") from None
 
 
-def _owner(cls: Any, plain: Mapping[str, Any]) -> str:
-    """Return which of a dataclass's own dataclasses refuses its values, where it does: their errors do not say it."""
+def _of_part(cls: Any, plain: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a dataclass that ``cls`` has in it, and which it is: it does not know that itself."""
     hints = get_type_hints(cls)
     for name, value in plain.items():
-        hint = hints[name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        args = get_args(hints[name])
+        parts: list[tuple[str, Any, Any]] = [(name, hints[name], value)]
+        if get_origin(hints[name]) is list and isinstance(value, list):
+            parts = [(f"{name}.{number}", args[0], each) for number, each in enumerate(value)]
+        elif get_origin(hints[name]) is dict and isinstance(value, dict):
+            parts = [(f"{name}.{key}", args[1], each) for key, each in value.items()]
+        for where, kind, each in parts:
+            if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(each, Mapping)):
+                continue
             try:
-                build(hint, value)
+                build(kind, each, "")
             except UserError as error:
-                # what checks types has the whole name already, and some say it themselves
-                said = str(error).removeprefix("configuration: ")
-                return "" if said.startswith((f"{name}.", f"{name}:")) else f"{name}: "
-    return ""
+                said = str(error).removeprefix(": ")
+                # some name themselves
+                return said if said.startswith((f"{where}.", f"{where}:")) else f"{where}: {said}"
+    return None
 
 
 def _checked(expected: Any, value: Any, source: str, path: str = "") -> Any:
@@ -203,14 +209,15 @@ _WORDS = {
 def _one_line(error: Exception) -> str:
     """Return what is wrong in a line; types are told in words, not as jsonargparse shows them."""
     text = " ".join(str(getattr(error, "message", None) or error).split())
-    parsed = re.fullmatch(r'Parser key "([^"]+)": (.*?)(?:Got|Given) value: (.*)', text)
-    if parsed is None:
-        return text
-    key, problem, value = parsed.groups()
-    kinds = [_WORDS[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", problem) if kind in _WORDS]
-    choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", problem)
+    keys = re.findall(r'Parser key "([^"]+)":', text)
+    value = re.search(r"Given value: (.*)", text) or re.search(r"Got value: (.*)", text)
+    kinds = [_WORDS[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", text) if kind in _WORDS]
+    choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", text)
     kinds += [f"one of {choice.replace(chr(39), '')}" for choice in choices]
-    return f"{key}: got {value}, wanted {' or '.join(kinds)}" if kinds else text
+    if not keys or value is None or not kinds:
+        return text
+    # of a list it is not said which
+    return f"{', '.join(keys)}: got {value[1]}, wanted {' or '.join(dict.fromkeys(kinds))}"
 
 
 def resolved(config: Any) -> dict[str, Any]:

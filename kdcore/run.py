@@ -43,7 +43,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         UserError: ``path`` is a folder, a device or a pipe.
-        OSError: it cannot be written; the error names it.
+        OSError: it cannot be written; of a full disk the error names it.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -64,7 +64,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         flush(target.parent)
     except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:  # writing does not say where
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # writing does not say where
             raise OSError(error.errno, error.strerror, str(target)) from None
         raise
     finally:

@@ -322,17 +322,18 @@ def _shards(args: argparse.Namespace) -> int:
     from apps.speech.card import stated_licences
     from apps.speech.data.corpora import Sources
     from apps.speech.data.shards import INDEX, write_shards
-    from kdcore.run import read_json, write_json
+    from kdcore.run import read_json
 
     if args.per_shard < 1:
         raise UserError(f"--per-shard: got {args.per_shard}, wanted at least 1")
     sources = Sources(skip_bad=args.skip_bad, several=len(args.data) > 1)
     corpus, licence = sources.whole(args.data), stated_licences(args.data)
     simulated = any(source.simulated for source in sources.sources.values())
-    for path in write_shards(corpus, args.out, per_shard=args.per_shard, skip_bad=args.skip_bad):
+    # what the recordings are stays with them
+    about = {"simulated": simulated, **({"licence": licence} if licence else {})} if simulated or licence else None
+    given: dict[str, Any] = {"per_shard": args.per_shard, "skip_bad": args.skip_bad, "about": about}
+    for path in write_shards(corpus, args.out, **given):
         print(path)
-    if simulated or licence:  # what the recordings are stays with them
-        write_json(args.out / "dataset.json", {"simulated": simulated} | ({"licence": licence} if licence else {}))
     for reason, count in read_json(args.out / INDEX, dict)["left_out"].items():
         print(f"left out, {reason}: {count}", file=sys.stderr)
     return 0

@@ -199,6 +199,14 @@ class SpeechStep(TeachingStep):
             batch |= self.lessons.of(rows, views, int(batch["lengths"].max()))
         return batch
 
+    def shard(self, batch: Batch, rank: int, world_size: int) -> Batch:
+        """Return the utterances that a process hears; where there are too few, one that counts for nothing."""
+        share = super().shard(batch, rank, world_size)
+        if len(share["features"]):
+            return share
+        # every process has gradients to give, and no network hears no utterance
+        return {**{name: rows[:1] for name, rows in batch.items()}, "unheard": torch.ones(1)}
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """Return the utterances each term sums over."""
         return self.terms.counts(batch, len(batch["features"]))
@@ -211,7 +219,8 @@ class SpeechStep(TeachingStep):
         with Taps(self.student, self.taps) if self.taps else nullcontext() as taps:
             logits = self.student(features, lengths)
             tapped = {f"student.{name}": value for name, value in taps.take().items()} if taps is not None else {}
-        return dict(self.terms({**batch, "student": logits, **tapped}))
+        values = dict(self.terms({**batch, "student": logits, **tapped}))
+        return {name: 0.0 * value for name, value in values.items()} if "unheard" in batch else values
 
     def validate(self) -> dict[str, float]:
         """Return the validation metrics of the student."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.speech import fitting
-from apps.speech.calibration import expected_calibration_error
+from apps.speech.calibration import CALIBRATIONS, expected_calibration_error
 from apps.speech.config import TeacherConfig
 from apps.speech.decode.confidence import Calibration
 from apps.speech.decode.greedy import greedy
@@ -24,6 +25,7 @@ from apps.speech.models.base import StreamingModel
 from apps.speech.models.store import load_model, model_bytes
 from apps.speech.pipeline import FOLDS, Cell, Pipeline
 from apps.speech.slices import slices
+from apps.speech.teachers import Teacher
 from kdcore import processes
 from kdcore.config import UserError, resolved
 from kdcore.run import fingerprint, metric_row, read_json, write_json
@@ -42,16 +44,28 @@ def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]
     What was found of a model is kept beside it, and is not measured again while model, teacher and settings stay.
     ``memory`` measures that of each model too (``memory.model_memory``), in a process of its own.
     """
+    # these ask all processes; the first one alone does the rest
+    _refuse_unfitted(pipeline)
+    teachers: dict[int, Teacher] = {}
+    for seed in pipeline.config.seeds:
+        shared = next(iter(teachers.values()), None) if pipeline.config.teacher.seed is not None else None
+        teachers[seed] = shared or pipeline.teach(seed)
     with processes.first_process_first():
-        return _evaluated(pipeline, memory) if processes.is_first_process() else pipeline.run.read_metrics()
+        if processes.is_first_process():
+            return _evaluated(pipeline, Measurement(pipeline, teachers), memory)
+    return pipeline.run.read_metrics()
 
 
-def _evaluated(pipeline: Pipeline, memory: bool) -> list[dict[str, Any]]:
-    cells = [cell for seed in pipeline.config.seeds for cell in pipeline.cells(seed)]
+def _refuse_unfitted(pipeline: Pipeline) -> None:
+    cells = (cell for seed in pipeline.config.seeds for cell in pipeline.cells(seed))
     for cell in cells:
         if cell.role != "teacher" and not (cell.folder / "model.json").exists():
             raise UserError(f"{cell.folder}: no model here yet; kd speech distill --out {pipeline.run.path} makes it")
-    evaluation = _Evaluation(pipeline, memory)
+
+
+def _evaluated(pipeline: Pipeline, measurement: Measurement, memory: bool) -> list[dict[str, Any]]:
+    cells = [cell for seed in pipeline.config.seeds for cell in pipeline.cells(seed)]
+    evaluation = _Evaluation(measurement, memory)
     found = [evaluation.found(cell) for cell in cells]
     tested: dict[str, dict[str, list[Scores]]] = {name: {} for name in DECODINGS}
     for cell, each in zip(cells, found, strict=True):
@@ -82,8 +96,8 @@ class _Found:
 class _Evaluation:
     """Measures the cells of a run, one after the other; what was found of one before is read."""
 
-    def __init__(self, pipeline: Pipeline, memory: bool) -> None:
-        self.pipeline, self.measurement, self._memory = pipeline, Measurement(pipeline), memory
+    def __init__(self, measurement: Measurement, memory: bool) -> None:
+        self.pipeline, self.measurement, self._memory = measurement.pipeline, measurement, memory
         # of the last teacher, by its fingerprint: what it says, and what was found of it, which is so for every seed
         self._taught: tuple[str, dict[str, Heard]] = "", {}
         self._found_of_teacher: tuple[str, _Found] | None = None
@@ -95,37 +109,52 @@ class _Evaluation:
     def found(self, cell: Cell) -> _Found:
         """Return what was found of a cell, now or before."""
         file, key = cell.folder.parent / "evaluation" / f"{cell.role}-{cell.seed}.json", self._key(cell)
-        known = read_json(file, dict) if file.exists() else {}
-        # a model that was fitted again has lost what an evaluation wrote beside it
-        whole = cell.role == "teacher" or (cell.folder / "delay.json").exists()
-        if known.get("key") == key and whole:
+        if (known := self._known(cell, file, key)) is not None:
             self.pipeline.announce(f"seed {cell.seed}: {cell.role.replace('_', ' ')} is evaluated already ({file})")
-            tested = {name: Scores.load(self._scores(cell, "test", name)) for name in known["decodings"]}
-            return _Found(known["rows"], known["slices"], {"test": tested})
+            return known
         self.pipeline.announce(f"seed {cell.seed}: evaluating {cell.role.replace('_', ' ')}")
         found = self._of_teacher(cell) if cell.role == "teacher" else self._measured(cell)
+        written = [each for name in ("delay.json", *CALIBRATIONS.values()) if (each := cell.folder / name).exists()]
         for part, of_part in found.scores.items():
             for name, scores in of_part.items():
-                scores.save(self._scores(cell, part, name))
-        values = {"key": key, "decodings": list(found.scores["test"]), "rows": found.rows, "slices": found.slices}
+                written.append(self._scores(cell, part, name))
+                scores.save(written[-1])
+        files = [os.path.relpath(each, file.parent) for each in written]
+        values = {"key": key, "memory": self._memory, "rows": found.rows, "slices": found.slices, "files": files}
         write_json(file, values)  # last: it says that the others are whole
         return found
+
+    def _known(self, cell: Cell, file: Path, key: str) -> _Found | None:
+        """Return what was found before, if all of it is there, is whole and of this very model."""
+        try:
+            known = read_json(file, dict)
+            if known["key"] != key or known["memory"] < self._memory:
+                return None
+            if not all((file.parent / name).exists() for name in known["files"]):
+                return None
+            paths = {name: self._scores(cell, "test", name) for name in DECODINGS}
+            tested = {name: Scores.load(path) for name, path in paths.items() if path.name in known["files"]}
+            return _Found(known["rows"], known["slices"], {"test": tested})
+        except (FileNotFoundError, UserError, KeyError):
+            return None  # it is measured anew
 
     def _key(self, cell: Cell) -> str:
         config = resolved(self.pipeline.config)
         about = {name: value for name, value in config.items() if name not in ("seeds", "report")}
-        about |= {"version": VERSION, "memory": self._memory}
-        models = [self.pipeline.teach(cell.seed).fingerprint]
+        parts = [self.measurement.teacher(cell.seed).fingerprint, self.measurement.prepared.fingerprint]
+        # of its costs too
+        fitted = _fitted(cell, self.pipeline.config.teacher)
+        parts += [fingerprint((folder / "model.json").read_bytes()) for folder in fitted]
         if cell.role != "teacher":
-            models.append(fingerprint((cell.folder / "model.safetensors").read_bytes()))
-        return fingerprint(cell.role, str(cell.seed), self.measurement.prepared.fingerprint, *models, about)
+            parts.append(fingerprint((cell.folder / "model.safetensors").read_bytes()))
+        return fingerprint(cell.role, str(cell.seed), *parts, {**about, "version": VERSION})
 
     def _scores(self, cell: Cell, part: str, decoding: str) -> Path:
         return cell.folder.parent / "evaluation" / f"{part}-{cell.role}-{decoding}-{cell.seed}.jsonl"
 
     def _of_teacher(self, cell: Cell) -> _Found:
         """Return what is found of a teacher, which several seeds may share."""
-        name = self.pipeline.teach(cell.seed).fingerprint
+        name = self.measurement.teacher(cell.seed).fingerprint
         if self._found_of_teacher is None or self._found_of_teacher[0] != name:
             self._found_of_teacher = name, self._measured(cell)
         found = self._found_of_teacher[1]
@@ -134,7 +163,7 @@ class _Evaluation:
 
     def _teacher(self, seed: int) -> dict[str, Heard]:
         """Return what the teacher of a seed says of validation and test; the last one's is kept."""
-        name = self.pipeline.teach(seed).fingerprint
+        name = self.measurement.teacher(seed).fingerprint
         if name != self._taught[0]:
             cell = next(each for each in self.pipeline.cells(seed) if each.role == "teacher")
             self._taught = name, {part: self.measurement.hear(cell, part) for part in ("valid", "test")}
@@ -231,16 +260,26 @@ def _about(cell: Cell, teacher: TeacherConfig) -> dict[str, Any]:
 
     A pretrained one has a size; what it cost is not known here.
     """
-    mine = cell.role == "teacher"
-    folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
-    folders = [folder for folder in folders if (folder / "model.json").exists()]
-    others = [cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in range(teacher.folds if mine else 0)]
-    fitted = [read_json(folder / "model.json") for folder in (*folders, *others)]
+    own, folders = _own(cell), _fitted(cell, teacher)
+    fitted = [read_json(folder / "model.json") for folder in folders]
     costs = {name: sum(one[name] for one in fitted) for name in ("train_seconds", "train_cpu_seconds")}
-    sizes = [(one["parameters"], model_bytes(folder)) for one, folder in zip(fitted, folders, strict=False)]
-    sizes += [pretrained.size(each.path) for each in (teacher.members or [teacher]) if mine and each.path]
+    sizes = [(one["parameters"], model_bytes(folder)) for one, folder in zip(fitted, own, strict=False)]
+    members = (teacher.members or [teacher]) if cell.role == "teacher" else []
+    sizes += [pretrained.size(each.path) for each in members if each.path]
     parameters, size = map(sum, zip(*sizes, strict=True))
     return {**costs, "parameters": parameters, "bytes": size}
+
+
+def _own(cell: Cell) -> list[Path]:
+    """Return the folders of what was fitted for a cell: of an ensemble those of its members."""
+    folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
+    return [folder for folder in folders if (folder / "model.json").exists()]
+
+
+def _fitted(cell: Cell, teacher: TeacherConfig) -> list[Path]:
+    """Return the folders of all that was fitted for a cell, those of a teacher's folds behind its own."""
+    folds = range(teacher.folds if cell.role == "teacher" else 0)
+    return [*_own(cell), *(cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in folds)]
 
 
 def _label(pipeline: Pipeline, cell: Cell) -> str:

@@ -34,6 +34,7 @@ from apps.speech.memory import model_memory
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Cell, Pipeline
+from apps.speech.teachers import Teacher
 from apps.speech.views import parse_view
 from kdcore.run import write_json
 
@@ -71,11 +72,20 @@ class Decoded:
 
 
 class Measurement:
-    """Measures the models of a run; the language model is of the training texts, its weights chosen on validation."""
+    """Measures the models of a run; the language model is of the training texts, its weights chosen on validation.
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    ``teachers`` are those of some seeds, where they are there already.
+    """
+
+    def __init__(self, pipeline: Pipeline, teachers: Mapping[int, Teacher] | None = None) -> None:
         self.pipeline, self.prepared = pipeline, pipeline.prepared
-        self.config = pipeline.config
+        self.config, self._teachers = pipeline.config, dict(teachers or {})
+
+    def teacher(self, seed: int) -> Teacher:
+        """Return the teacher of a seed, which is loaded once."""
+        if seed not in self._teachers:
+            self._teachers[seed] = self.pipeline.teach(seed)
+        return self._teachers[seed]
 
     @cached_property
     def language_model(self) -> Path:
@@ -100,7 +110,7 @@ class Measurement:
         durations = [each.duration for each in self.prepared.corpora[part].utterances]
         timed, frame_ms = f"network only, {_threads()}, whole utterances in batches", FRAME_MS
         if cell.role == "teacher":
-            teacher = self.pipeline.teach(cell.seed)
+            teacher = self.teacher(cell.seed)
             found: dict[int, np.ndarray] = {}
             frame_ms = teacher.frame_ms
             with ComputeTime() as spent:

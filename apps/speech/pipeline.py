@@ -184,18 +184,21 @@ class Pipeline:
     def _lessons(
         self, teachers: Sequence[tuple[Teacher, str]], seed: int | None, given: dict[str, dict[str, Any]]
     ) -> Lessons:
-        wanted = knowledge.needs(given)
-        return teacher_lessons(
-            teachers,
-            self.prepared,
-            self._root(seed) / "teacher_cache",
-            posteriors=wanted.posteriors,
-            attention=wanted.attention,
-            layers=wanted.teacher_layers,
-            n_best=wanted.n_best,
-            cuts=wanted.cuts,
-            device=lambda: self._device,
-        )
+        wanted, device = knowledge.needs(given), self._device
+        with processes.first_process_first():
+            lessons = teacher_lessons(
+                teachers,
+                self.prepared,
+                self._root(seed) / "teacher_cache",
+                posteriors=wanted.posteriors,
+                attention=wanted.attention,
+                layers=wanted.teacher_layers,
+                n_best=wanted.n_best,
+                cuts=wanted.cuts,
+                device=lambda: device,
+            )
+            lessons.make()
+        return lessons
 
     @cached_property
     def _device(self) -> torch.device:
@@ -271,14 +274,16 @@ class Pipeline:
         if processes.agree(belongs(folder, key)):
             return
         prepared = self.prepared
-        data = self._data(role, views, labelled, without)
-        valid = prepared.store("valid", self.config.tested_view(role))
+        with processes.first_process_first():
+            data = self._data(role, views, labelled, without)
+            valid = prepared.store("valid", self.config.tested_view(role))
+            statistics = prepared.store("train", views[0]).statistics()
         which = f", {without.name}" if without else ""
         self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind}{which})")
         fitted = fitting.fit_model(
             config,
             data,
-            prepared.store("train", views[0]).statistics(),
+            statistics,
             fitting.validator(valid, prepared.texts("valid"), prepared.units),
             prepared.units,
             seed=seed if drawn is None else drawn,

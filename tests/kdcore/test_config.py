@@ -255,8 +255,12 @@ def test_resolved_is_plain() -> None:
         ({"inner": {"steps": "few"}}, "c: inner.steps: got few, wanted a whole number"),
         ({"inner": {"mode": "c"}}, "c: inner.mode: got c, wanted one of a, b"),
         ({"limit": [1]}, "c: limit: got [1], wanted a number or null"),
+        ({"many": [{}, {"steps": "few"}]}, "c: many, steps: got few, wanted a whole number"),
+        ({"seeds": ["x"]}, "c: seeds: got x, wanted a whole number"),
         # whose value it is
         ({"inner": {"steps": 0}}, "c: inner: steps: got 0, wanted at least 1"),
+        ({"many": [{}, {"steps": 0}]}, "c: many.1: steps: got 0, wanted at least 1"),
+        ({"named": {"x": {}, "y": {"steps": 0}}}, "c: named.y: steps: got 0, wanted at least 1"),
     ],
 )
 def test_errors_name_the_setting_and_what_is_wanted(values: dict[str, Any], message: str) -> None:

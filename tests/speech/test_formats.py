@@ -473,6 +473,9 @@ def test_a_folder_of_audio_and_text(tmp_path: Path) -> None:
     found = {u.id: (u.extra.get("split"), u.speaker) for u in read_corpus(tmp_path).utterances}
     wanted = {"b": (None, ""), "s/a": (None, "s"), "dev/s/c": ("dev", "s"), "train/d": ("train", "")}
     assert found == {**wanted, "training course/s/e": (None, "training course")}
+    (tmp_path / "dev" / "s" / "f.m4a").touch()
+    assert [each.split for each in read_corpus(tmp_path, skip_bad=True).left_out] == ["dev"]
+    (tmp_path / "dev" / "s" / "f.m4a").unlink()
     text(tmp_path / "b.txt", "\n")
     with pytest.raises(UserError, match=r"b\.txt: text: is empty"):
         read_corpus(tmp_path)
@@ -575,11 +578,14 @@ def test_kaldi_folders_in_a_folder_are_its_splits(tmp_path: Path) -> None:
     corpus = read_corpus(tmp_path / "data")
     assert corpus.splits == ("dev", "train")
     assert [(u.id, u.text, u.speaker) for u in corpus.split("dev").utterances] == [
-        ("dev1", "yes", "dev-s"),
-        ("dev2", "no", "dev-s"),
+        ("dev/dev1", "yes", "dev-s"),
+        ("dev/dev2", "no", "dev-s"),
     ]
     assert all(len(corpus.load(each)) == 6400 for each in corpus.utterances)
     (tmp_path / "data" / "dev" / "wav.scp").write_text("dev1 |sox\n")
     with pytest.raises(UserError, match=r"data/dev/wav\.scp: row 1: holds a command"):
         read_corpus(tmp_path / "data")
     assert {each.split for each in read_corpus(tmp_path / "data", skip_bad=True).left_out} == {"dev"}
+    # a manifest says what belongs to a corpus
+    manifest(tmp_path / "data" / "all.jsonl", {"audio": "train/wav/train1.wav", "text": "yes"})
+    assert [each.audio for each in read_corpus(tmp_path / "data").utterances] == ["train/wav/train1.wav"]

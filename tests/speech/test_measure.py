@@ -218,12 +218,24 @@ def test_what_was_found_is_kept_until_a_model_changes(pipeline: Pipeline, monkey
     again = evaluate(pipeline)
     assert heard == ["teacher valid", "teacher test", "student valid", "student test"]
     assert [row["metrics"]["wer"] for row in again] == [row["metrics"]["wer"] for row in rows]
-    # one that was fitted again: what an export takes from an evaluation is not beside it
+    # one that was fitted again has other costs
+    for name in ("student", "student_alone"):
+        heard.clear()
+        (folder.with_name(name) / "model.json").unlink()
+        pipeline.distill(0)
+        costs = read_json(folder.with_name(name) / "model.json")["train_seconds"]
+        row = next(row for row in evaluate(pipeline) if row["role"] == name)
+        assert heard[-1] == f"{name} test" and row["train_seconds"] == costs
+    # what is missing or damaged is made again
+    for path in (folder / "delay.json", folder.parent / "evaluation" / "test-student-wer-0.jsonl"):
+        heard.clear()
+        path.unlink()
+        assert len(evaluate(pipeline)) == 6 and heard[-1] == "student test" and path.exists()
+    (folder.parent / "evaluation" / "student_alone-0.json").write_text("{")
     heard.clear()
-    (folder / "delay.json").unlink()
-    evaluate(pipeline)
-    assert heard[-1] == "student test" and (folder / "delay.json").exists()
+    assert evaluate(pipeline, memory=True)[-1]["peak_memory_bytes"] > 0 and len(set(heard)) == 6
     heard.clear()
+    assert evaluate(pipeline)[-1]["peak_memory_bytes"] > 0 and heard == []
     weights = load_file(folder / "model.safetensors")
     before = (folder / "model.safetensors").read_bytes()
     save_file({name: value * 1.5 for name, value in weights.items()}, folder / "model.safetensors")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -131,8 +131,9 @@ class Sources:
     def __init__(self, *, skip_bad: bool, several: bool) -> None:
         self.skip_bad, self.several = skip_bad, several
         self.sources: dict[Path, Source] = {}
-        # splits that are of no part
-        self.unused: list[str] = []
+        # corpora and their splits that are of no part, or of one that was not asked for, and those that are used
+        self.unused: list[tuple[str, str]] = []
+        self.used: set[tuple[str, str]] = set()
         self._corpora: dict[Path, Corpus] = {}
 
     def whole(self, given: Given, option: str = "--data") -> Corpus:
@@ -149,12 +150,13 @@ class Sources:
         """
         found = []
         for text, corpus, selections in self._read(given, f"--{part}"):
-            own = _parts(corpus)
+            own, name = _parts(corpus), parse_corpus(text)[0]
             if any(selection.field == "split" for selection in selections):
-                pass  # as it was named
-            elif part in own:
-                self.unused += [name for name in corpus.splits if name not in own[part]]
-                corpus = corpus.split(*own[part], unnamed=part == "train")
+                self.used |= {(name, split) for split in corpus.splits}  # as it was named
+            elif part in own or (part == "train" and any("split" not in each.extra for each in corpus.utterances)):
+                names = own.get(part, ())
+                self._note(name, corpus, names)
+                corpus = corpus.split(*names, unnamed=part == "train")
             elif own:
                 known = ", ".join(corpus.splits)
                 raise UserError(f"data.{part}: {text} has no split {part}, it has {known}; choose: {text}@split=NAME")
@@ -167,18 +169,24 @@ class Sources:
         So is what belongs to no part, where none of the splits of a corpus is a training part.
         """
         found: dict[str, list[Corpus]] = {part: [] for part in PARTS}
-        for _, corpus, _ in self._read(given, "--data"):
+        for text, corpus, _ in self._read(given, "--data"):
             own = _parts(corpus)
             taken = {name for names in own.values() for name in names}
             others = [name for name in corpus.splits if name not in taken]
-            if "train" in own:
-                self.unused += others
+            self._note(parse_corpus(text)[0], corpus, taken if "train" in own else corpus.splits)
             for part, names in own.items():
                 if part != "train":
                     found[part].append(corpus.split(*names))
             trained = corpus.split(*own.get("train", others), unnamed=True)
-            found["train"] += [trained] if len(trained) else []
+            # of a split that is bad throughout there is no other trace
+            lost = tuple(each for each in corpus.left_out if each.split not in (*corpus.splits, None))
+            found["train"] += [replace(trained, left_out=(*trained.left_out, *lost))] if len(trained) else []
         return {part: join(pieces) for part, pieces in found.items() if pieces}
+
+    def _note(self, name: str, corpus: Corpus, used: Collection[str]) -> None:
+        """Note which splits of a corpus are used, and which are not."""
+        self.used |= {(name, split) for split in used}
+        self.unused += [(name, split) for split in corpus.splits if split not in used]
 
     def _read(self, given: Given, option: str) -> list[tuple[str, Corpus, tuple[Selection, ...]]]:
         texts = [given] if isinstance(given, str) else list(given)

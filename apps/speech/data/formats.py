@@ -88,7 +88,7 @@ def detect_format(source: Path) -> str:
         raise UserError(f"{source}: wanted a manifest (.jsonl), a table of Common Voice (.tsv), shards or a folder")
     if not source.exists() or (source / "shards.json").is_file():
         return "shards"  # without a file of that name it is a pattern
-    if kaldi_folders(source):
+    if (source / "wav.scp").is_file():
         return "kaldi"
     if _manifests(source):
         return "manifest"
@@ -100,6 +100,8 @@ def detect_format(source: Path) -> str:
         return "librispeech"
     if _manifests_of_nemo(source):
         return "manifest"
+    if kaldi_folders(source):
+        return "kaldi"
     if next(_walk(source, AUDIO_SUFFIXES), None):
         return "folder"
     if any(source.glob("*.tar")):
@@ -323,30 +325,30 @@ def _folder(source: Path) -> Iterator[Row | BadRow]:
     """
     _wanted_folder(source, "folder")
     for audio in _walk(source, (*AUDIO_SUFFIXES, *_OTHER_AUDIO)):
-        if audio.suffix.lower() in _OTHER_AUDIO:
-            if _beside(audio.parent, audio.stem) is not None:
-                continue  # what was made of it is read
-            yield BadRow("audio of another kind", f"{audio}: {audio.suffix} is not read; wanted wav, flac, ogg or mp3")
-            continue
         below = audio.relative_to(source)
-        listing = audio.with_suffix(".txt")
-        text: str | None = None
-        if listing.is_file():
-            lines = list(islice(text_lines(listing), _MOST_LINES + 1))
-            bad = next((line for _, line in lines if isinstance(line, BadRow)), None)
-            if len(lines) > _MOST_LINES:
-                bad = BadRow(
-                    "unreadable row", f"{listing}: has more than {_MOST_LINES} lines; wanted what {audio} says"
-                )
-            if bad is not None:
-                yield bad
-                continue
-            text = " ".join(line.strip() for _, line in lines if isinstance(line, str))
-        values = {"id": below.with_suffix("").as_posix(), "audio": below.as_posix(), "text": text}
         split = below.parts[0] if len(below.parts) > 1 and below.parts[0].lower() in _SPLITS else None
         speakers = below.parts[split is not None : -1]
-        values |= {"split": split, "speaker": speakers[0] if speakers else ""}
-        yield Row(str(listing if text is not None else audio), values)
+        yield from of_split(_beside_text(audio, below, speakers[0] if speakers else ""), split)
+
+
+def _beside_text(audio: Path, below: Path, speaker: str) -> Iterator[Row | BadRow]:
+    """Yield the row of an audio file, ``below`` the corpus: none where it is read in another format."""
+    if audio.suffix.lower() in _OTHER_AUDIO:
+        if _beside(audio.parent, audio.stem) is None:  # what was made of it is read
+            yield BadRow("audio of another kind", f"{audio}: {audio.suffix} is not read; wanted wav, flac, ogg or mp3")
+        return
+    listing, text = audio.with_suffix(".txt"), None
+    if listing.is_file():
+        lines = list(islice(text_lines(listing), _MOST_LINES + 1))
+        bad = next((line for _, line in lines if isinstance(line, BadRow)), None)
+        if len(lines) > _MOST_LINES:
+            bad = BadRow("unreadable row", f"{listing}: has more than {_MOST_LINES} lines; wanted what {audio} says")
+        if bad is not None:
+            yield bad
+            return
+        text = " ".join(line.strip() for _, line in lines if isinstance(line, str))
+    values = {"id": below.with_suffix("").as_posix(), "audio": below.as_posix(), "text": text, "speaker": speaker}
+    yield Row(str(listing if text is not None else audio), values)
 
 
 def _shards(source: Path) -> Iterator[Row | BadRow]:

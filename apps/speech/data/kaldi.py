@@ -41,11 +41,11 @@ def kaldi(source: Path) -> Iterator[Row | BadRow]:
 
 
 def _below(name: str, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-    """Yield the rows of a folder in the corpus's, from where relative paths start."""
+    """Yield the rows of a folder in the corpus's: ids are its own, and relative paths start from there."""
     for row in rows:
         if isinstance(row, Row):
             audio = Path(name, str(row.values["audio"])).as_posix()  # a whole path stays what it is
-            row = replace(row, values={**row.values, "audio": audio})
+            row = replace(row, values={**row.values, "id": f"{name}/{row.values['id']}", "audio": audio})
         yield row
 
 

@@ -124,9 +124,10 @@ def _announce_splits(parts: dict[str, Corpus], sources: Sources, announce: Annou
     for part, corpus in parts.items():
         if corpus.splits not in ((), (part,)):
             announce(f"{part}: {', '.join(corpus.splits)}")
-    used = {name for corpus in parts.values() for name in corpus.splits}
-    if unused := [name for name in dict.fromkeys(sources.unused) if name not in used]:
-        announce(f"not used: {', '.join(unused)} (--train, --valid or --test CORPUS@split=NAME would)")
+    unused = [each for each in dict.fromkeys(sources.unused) if each not in sources.used]
+    several = len(sources.sources) > 1
+    if named := [f"{split} of {name}" if several else split for name, split in unused]:
+        announce(f"not used: {', '.join(named)} (--train, --valid or --test CORPUS@split=NAME would)")
 
 
 def _placed(corpora: dict[str, Corpus]) -> tuple[dict[str, Corpus], tuple[LeftOut, ...]]:

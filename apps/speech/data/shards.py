@@ -12,7 +12,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +36,17 @@ _BLOCK = 512  # of a tar file
 
 
 def write_shards(
-    corpus: Corpus, folder: str | os.PathLike[str], *, per_shard: int = 1000, skip_bad: bool = False
+    corpus: Corpus,
+    folder: str | os.PathLike[str],
+    *,
+    per_shard: int = 1000,
+    skip_bad: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a corpus as ``shard-000000.tar`` and so on, then ``shards.json``, which says that they are complete.
 
-    Audio is stored as FLAC, 16 kHz, one channel, 16 bits. The same corpus gives the same bytes.
+    Audio is stored as FLAC, 16 kHz, one channel, 16 bits. The same corpus gives the same bytes. ``about`` is what the
+    corpus says of itself, for ``dataset.json``.
 
     Raises:
         UserError: the folder holds complete shards already, or audio cannot be read (with ``skip_bad`` it is left out
@@ -72,6 +78,8 @@ def write_shards(
         raise UserError(f"{corpus.folder}: holds no utterance whose audio can be read")
     for left in set(root.glob("shard-*.tar")) - set(written):  # of a longer run that was killed
         left.unlink()
+    if about:
+        write_json(root / "dataset.json", about)
     index = {"shards": [path.name for path in written], "utterances": count, "seconds": round(seconds, 3)}
     left_out = by_reason((*corpus.left_out, *tally.left_out))
     write_json(root / INDEX, {**index, "fingerprint": corpus.fingerprint, "left_out": left_out})

@@ -48,7 +48,7 @@ class Segment:
 class Segmenter:
     """Finds segments; what they are does not depend on how the frames are split.
 
-    With rules, memory is bounded by the longest segment; without, everything is one segment, which grows.
+    With rules, memory is bounded by three times the longest segment; without, everything is one segment, which grows.
 
     ``paused`` says whether a segment ended at a pause in the frames last taken, with or without words.
 

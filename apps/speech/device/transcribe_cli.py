@@ -94,7 +94,8 @@ def add_decoding(parser: Any) -> None:
         "--endpoint",
         default=_ENDPOINT,
         metavar="A,B,C",
-        help="a segment ends after A s of silence at its start, B s after words, and at C s in any case "
+        help="a segment ends after A s of silence at its start, B s after words, and at C s "
+        "(a word that is begun then may end) "
         f"(default {_ENDPOINT})",
     )
     parser.add_argument(

@@ -79,6 +79,18 @@ def test_rows_that_name_no_split_are_trained_on(tmp_path: Path) -> None:
     assert ids(read(path=str(tmp_path / "shards"))) == wanted
 
 
+def test_a_split_that_is_bad_throughout_is_counted(both: tuple[Path, Path], tmp_path: Path) -> None:
+    (both[0] / "dev.jsonl").write_text('{"id": "x", "path": "gone.wav", "text": "yes"}\n{\n')
+    parts = read(path=str(both[0]), valid_speakers=1, skip_bad=True)
+    assert parts.left_out == {"valid: no audio": 1, "valid: unreadable row": 1}
+    folder = corpus(tmp_path / "unnamed", {"all": [(name, name) for name in "abc"]})
+    rows = [json.loads(line) | {"split": "test"} for line in (folder / "all.jsonl").read_text().splitlines()[:1]]
+    rows += [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()[1:]]
+    (folder / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"train": str(folder), "valid": f"{both[0]}@split=train", "test": str(folder)}
+    assert ids(read(**given, skip_bad=True)) == {"train": ["b", "c"], "valid": ["a", "b", "c"], "test": ["a"]}
+
+
 def test_what_is_held_out_is_said(both: tuple[Path, Path]) -> None:
     said: list[str] = []
     read_parts(DataConfig(path=str(both[1]), valid_speakers=1, test_speakers=2), said.append)
