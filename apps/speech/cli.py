@@ -352,7 +352,7 @@ def _add_lm(verbs: Any) -> None:
 
 
 def _lm(args: argparse.Namespace) -> int:
-    from apps.speech.decode.lm import MARKERS, MAX_ORDER, MIN_ORDER
+    from apps.speech.decode.lm import MAX_ORDER, MIN_ORDER, marker_in
     from apps.speech.decode.ngram import read_sentences, write_arpa
     from apps.speech.text import TextRules
 
@@ -368,7 +368,7 @@ def _lm(args: argparse.Namespace) -> int:
     for file in args.text:
         for number, line in enumerate(read_sentences(file), start=1):
             text = rules.normalise(line)
-            if marker := next((word for word in text.split() if word in MARKERS), None):
+            if marker := marker_in(text):
                 raise UserError(f"{file}, line {number}: got {marker}, wanted words (a model has that by itself)")
             texts += [text] if text else []
     if not texts:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from apps.speech.data.kaldi import kaldi, kaldi_folders
-from apps.speech.data.manifest import Row, collect, inside, manifest_rows, of_split, printable, text_lines, twice
+from apps.speech.data.manifest import Row, collect, inside, manifest_rows, of_split, shown_name, text_lines, twice
 from apps.speech.data.splits import PARTS
 from apps.speech.data.utterance import FIELDS, MEANT, BadRow, Corpus
 from kdcore.config import UserError, nearest
@@ -210,7 +210,7 @@ def _table(path: Path) -> Iterator[Row | BadRow]:
             header = line.split("\t")
             missing = [name for name in ("path", "sentence") if name not in header]
             if missing:
-                named = ", ".join(map(printable, header[:20]))
+                named = ", ".join(map(shown_name, header[:20]))
                 raise UserError(f"{where}: has no column {' and '.join(missing)}; got {named}")
         elif isinstance(line, BadRow):
             yield line
@@ -228,10 +228,10 @@ def _table_row(path: Path, where: str, header: list[str], line: str) -> Row:
         raise BadRow("unreadable row", f"{where}: has {len(fields)} fields, wanted {len(header)}")
     for column, value in zip(header, fields, strict=True):
         if "\r" in value:
-            raise BadRow("unreadable row", f"{where}: {printable(column)}: holds a carriage return, wanted one line")
+            raise BadRow("unreadable row", f"{where}: {shown_name(column)}: holds a carriage return, wanted one line")
         if len(value) > _LONGEST_FIELD:
             problem = f"has {len(value)} characters, wanted at most {_LONGEST_FIELD}"
-            raise BadRow("unreadable row", f"{where}: {printable(column)}: {problem}")
+            raise BadRow("unreadable row", f"{where}: {shown_name(column)}: {problem}")
     named = dict(zip(header, fields, strict=True))
     if named["path"]:
         _refuse_outside(where, "path", named["path"], path.parent / "clips")
@@ -280,7 +280,7 @@ def _an4_part(source: Path, split: str) -> Iterator[Row | BadRow]:
         try:
             _refuse_outside(where, "file", name, source / "wav")
             if last not in texts:
-                raise BadRow("no transcript", f"{where}: {printable(last)} is not in {transcription}")
+                raise BadRow("no transcript", f"{where}: {shown_name(last)} is not in {transcription}")
         except BadRow as error:
             yield error
             continue
@@ -294,7 +294,7 @@ def _an4_part(source: Path, split: str) -> Iterator[Row | BadRow]:
         yield Row(where, values)
     for name, (number, _) in texts.items():
         if name not in named:
-            yield BadRow("no audio", f"{transcription}: row {number}: {printable(name)} is not in {listing}")
+            yield BadRow("no audio", f"{transcription}: row {number}: {shown_name(name)} is not in {listing}")
 
 
 def _an4_texts(path: Path, bad: list[BadRow]) -> dict[str, tuple[int, str]]:

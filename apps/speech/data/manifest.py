@@ -249,14 +249,14 @@ def of_split(rows: Iterator[Row | BadRow], split: str | None) -> Iterator[Row | 
         yield row
 
 
-def printable(column: str) -> str:
+def shown_name(column: str) -> str:
     """Return a name as an error shows it."""
     return column if column.isprintable() and len(column) <= 60 else ascii(column[:60])
 
 
 def twice(where: str, name: str, first: int) -> BadRow:
     """Return what is wrong with a row whose name an earlier one has."""
-    return BadRow("duplicate id", f"{where}: {printable(name)} stands there twice, first in row {first}")
+    return BadRow("duplicate id", f"{where}: {shown_name(name)} stands there twice, first in row {first}")
 
 
 def write_manifest(path: str | os.PathLike[str], corpus: Corpus) -> None:

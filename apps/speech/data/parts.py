@@ -23,7 +23,7 @@ from apps.speech.data.utterance import (
     of_corpus,
     outside_units,
 )
-from apps.speech.decode.lm import MARKERS
+from apps.speech.decode.lm import marker_in
 from apps.speech.text import TextRules
 from apps.speech.units import Units
 from kdcore.config import UserError
@@ -106,7 +106,7 @@ def read_parts(config: DataConfig, announce: Announce = lambda text: None) -> Pa
         else:
             found["train"], found[part] = hold_out_speakers(found["train"], count=count, seed=config.split_seed)
             left = len({each.speaker for each in found["train"].utterances})
-            announce(f"{part}: {count} speakers held out (data.{part}_speakers), {left} left to train on")
+            announce(f"{part}: speakers held out: {count} (data.{part}_speakers), left to train on: {left}")
     refuse_shared(found, list(PARTS))
     if config.unlabelled is not None:
         corpus = sources.whole(config.unlabelled, "--unlabelled")
@@ -185,8 +185,7 @@ def _unfit(part: str, utterance: Utterance, text: str) -> BadRow | None:
     """Return why a normalised text is not one to train or test on."""
     reason, what = "no word", "no word"
     if text:
-        marker = next((word for word in text.split() if word in MARKERS), None)
-        if marker is None:
+        if (marker := marker_in(text)) is None:
             return None
         reason, what = "symbol of language models", f"{marker}, which language models have by themselves"
     return BadRow(

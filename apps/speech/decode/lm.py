@@ -23,6 +23,11 @@ LOG10 = math.log(10.0)
 _LOADING = threading.Lock()
 
 
+def marker_in(text: str) -> str | None:
+    """Return the first word of a text that every model has by itself; None if it holds none."""
+    return next((word for word in text.split() if word in MARKERS), None)
+
+
 def check_arpa(path: str | os.PathLike[str]) -> dict[int, int]:
     """Return the number of n-grams of each order of an ARPA file, having read all of it.
 

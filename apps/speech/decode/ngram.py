@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from apps.speech.decode.lm import END, MARKERS, MAX_ORDER, MIN_ORDER, START, UNKNOWN
+from apps.speech.decode.lm import END, MAX_ORDER, MIN_ORDER, START, UNKNOWN, marker_in
 from kdcore.config import UserError
 from kdcore.run import write_text
 
@@ -38,9 +38,8 @@ def build_ngram(texts: Iterable[str], order: int, *, vocabulary: Iterable[str] =
     sentences = []
     for number, text in enumerate(texts, start=1):
         words = text.split()
-        for word in words:
-            if word in MARKERS:
-                raise UserError(f"text {number}: got {word}, wanted words (a model has that symbol by itself)")
+        if (marker := marker_in(text)) is not None:
+            raise UserError(f"text {number}: got {marker}, wanted words (a model has that symbol by itself)")
         if words:
             sentences.append((START, *words, END))
     if not sentences:

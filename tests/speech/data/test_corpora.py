@@ -94,8 +94,8 @@ def test_a_split_that_is_bad_throughout_is_counted(both: tuple[Path, Path], tmp_
 def test_what_is_held_out_is_said(both: tuple[Path, Path]) -> None:
     said: list[str] = []
     read_parts(DataConfig(path=str(both[1]), valid_speakers=1, test_speakers=2), said.append)
-    assert "test: 2 speakers held out (data.test_speakers), 2 left to train on" in said
-    assert "valid: 1 speakers held out (data.valid_speakers), 1 left to train on" in said
+    assert "test: speakers held out: 2 (data.test_speakers), left to train on: 2" in said
+    assert "valid: speakers held out: 1 (data.valid_speakers), left to train on: 1" in said
     said.clear()
     read_parts(DataConfig(path=str(both[0]), valid_speakers=1, test_speakers=2), said.append)
     assert "data.test_speakers: not needed, there is a part to test on" in said
