@@ -20,7 +20,7 @@ def run_bench(
 ) -> int:
     """Run one benchmark and print its result as JSON; ``output`` also takes it, atomically.
 
-    ``only`` are some of the recipes of ``quality`` or of the models of ``digits``, for which ``simulated`` makes
+    ``only`` are the recipes of ``quality`` or the models of ``digits`` that are measured, for which ``simulated`` makes
     corpora of simulated speech.
     """
     if what not in ("quality", "digits") and only:

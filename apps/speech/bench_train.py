@@ -29,7 +29,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure the median times of steps that take turns on the same batches, on one thread.
 
-    The teacher is an untrained one of the recipe's size: what it said is in the cache, and costs nothing by then.
+    A step is what training repeats: a batch is drawn, with what the teacher said of it out of the cache, and the
+    weights move. The teacher is an untrained one of the recipe's size, asked before anything is timed.
     """
     find_data(data)
     threads = torch.get_num_threads()
@@ -50,19 +51,17 @@ def _measured(work: Path, data: str, repeats: int, overrides: Sequence[tuple[str
         "frame": _step(pipeline, config, {"frame": {}}),
         "sequence of 4": _step(pipeline, config, {"sequence": {"count": 4}}),
     }
-    batches = list(steps["ctc"].batches(0, torch.Generator().manual_seed(0)))[:repeats]
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    plans = {
-        name: list(step.batches(0, torch.Generator().manual_seed(0)))[: len(batches)] for name, step in steps.items()
-    }
     optimizers = {name: step.optimizer() for name, step in steps.items()}
+    # each drawn as it is needed, as in training: features are stacked, and what the teacher said is read
+    drawn = {name: step.batches(0, torch.Generator().manual_seed(0)) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for place in range(len(batches)):
+    for place in range(min(repeats, steps["ctc"].batch_count())):
         # who is first with a batch finds cold caches, so that each is as often
         for name in names[place % len(names) :] + names[: place % len(names)]:
             step = steps[name]
             started = time.perf_counter()
-            values = step(plans[name][place])
+            values = step(next(drawn[name]))
             loss = torch.stack([value * step.weights[term] for term, value in values.items()]).sum()
             optimizers[name].zero_grad()
             loss.backward()
@@ -101,6 +100,7 @@ def _step(pipeline: Pipeline, config: SpeechConfig, knowledge: Mapping[str, Mapp
             n_best=wanted.n_best,
             cuts=wanted.cuts,
         )
+        lessons.make()
         pair = Pair(model.classes - 1, model, teacher)
         given = [term for name, options in knowledge.items() for term in terms(name, options, 1.0, pair)]
     return SpeechStep(

@@ -390,7 +390,10 @@ def _add_bench(verbs: Any) -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="where its runs go; resumable")
     parser.add_argument(
-        "--only", default="", help="some of the recipes of quality, or of the models of digits (student_alone)"
+        "--only",
+        default="",
+        help="recipes of quality (ctc_sequence_level,ctc_frame_level unless given; there are ctc_segment_nbest and "
+        "ctc_guided, too), or models of digits (teacher,student_alone,student unless given)",
     )
 
 

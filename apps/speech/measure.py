@@ -215,7 +215,7 @@ def _notes(heard: Heard, memory: bool) -> dict[str, str]:
     """Return what the report says of figures that have to be explained, by name."""
     if not memory:
         return {"real_time_factor": heard.timed}
-    grown = "what a process grows by to load the model and hear the longest test utterance whole, one thread"
+    grown = "what a process grows by to load the model, or all of an ensemble, and hear the longest test utterance"
     return {"real_time_factor": heard.timed, "peak_memory_bytes": grown}
 
 
@@ -260,7 +260,7 @@ def _about(cell: Cell, teacher: TeacherConfig) -> dict[str, Any]:
 
     A pretrained one has a size; what it cost is not known here.
     """
-    own, folders = _own(cell), _fitted(cell, teacher)
+    own, folders = cell.stored(), _fitted(cell, teacher)
     fitted = [read_json(folder / "model.json") for folder in folders]
     costs = {name: sum(one[name] for one in fitted) for name in ("train_seconds", "train_cpu_seconds")}
     sizes = [(one["parameters"], model_bytes(folder)) for one, folder in zip(fitted, own, strict=False)]
@@ -270,16 +270,10 @@ def _about(cell: Cell, teacher: TeacherConfig) -> dict[str, Any]:
     return {**costs, "parameters": parameters, "bytes": size}
 
 
-def _own(cell: Cell) -> list[Path]:
-    """Return the folders of what was fitted for a cell: of an ensemble those of its members."""
-    folders = [cell.folder] if (cell.folder / "model.json").exists() else sorted(cell.folder.glob("member-*"))
-    return [folder for folder in folders if (folder / "model.json").exists()]
-
-
 def _fitted(cell: Cell, teacher: TeacherConfig) -> list[Path]:
     """Return the folders of all that was fitted for a cell, those of a teacher's folds behind its own."""
     folds = range(teacher.folds if cell.role == "teacher" else 0)
-    return [*_own(cell), *(cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in folds)]
+    return [*cell.stored(), *(cell.folder.with_name(FOLDS) / f"fold-{fold}" for fold in folds)]
 
 
 def _label(pipeline: Pipeline, cell: Cell) -> str:

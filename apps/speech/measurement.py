@@ -30,7 +30,7 @@ from apps.speech.latency import (
     real_time_factor,
     summarise,
 )
-from apps.speech.memory import model_memory
+from apps.speech.memory import Listeners, model_memory
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Cell, Pipeline
@@ -133,12 +133,21 @@ class Measurement:
     def memory(self) -> dict[str, dict[str, int]]:
         """Return by role what the first seed's model takes to hear the longest utterance of the test part.
 
-        Models that are not stored in the run (pretrained ones, ensembles) are left out.
+        Of an ensemble it is that of all its members.
         """
-        store = self.prepared.store("test", self.config.test_view)
-        longest = np.array(store[int(store.lengths.argmax())])
-        cells = [each for each in self.pipeline.cells(self.config.seeds[0]) if (each.folder / "model.json").exists()]
-        return {each.role: {"peak_memory_bytes": model_memory(each.folder, longest)} for each in cells}
+        view, found = self.config.test_view, {}
+        store = self.prepared.store("test", view)
+        longest = int(store.lengths.argmax())
+        for cell in self.pipeline.cells(self.config.seeds[0]):
+            teacher = self.config.teacher
+            members = (teacher.members or [teacher]) if cell.role == "teacher" else []
+            pretrained = [Path(each.path) for each in members if each.path]
+            who = Listeners(cell.stored(), pretrained, self.pipeline.run.path / "data")
+            samples = self.prepared.samples("test", view, [longest])[0] if pretrained else None
+            if who.stored or pretrained:
+                taken = model_memory(who, np.array(store[longest]), samples)
+                found[cell.role] = {"peak_memory_bytes": taken}
+        return found
 
     def decoder(self, lm_weight: float, word_score: float) -> WordDecoder:
         """Return a decoder of lexicon words under the language model."""

@@ -51,6 +51,11 @@ class Cell:
     folder: Path
     seed: int
 
+    def stored(self) -> list[Path]:
+        """Return the folders of what was fitted for it: of an ensemble those of its members."""
+        folders = [self.folder] if (self.folder / "model.json").exists() else sorted(self.folder.glob("member-*"))
+        return [folder for folder in folders if (folder / "model.json").exists()]
+
 
 @dataclass(frozen=True)
 class Without:

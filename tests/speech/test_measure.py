@@ -15,10 +15,12 @@ from apps.speech.decode.confidence import Calibration
 from apps.speech.evaluate import score
 from apps.speech.measure import evaluate
 from apps.speech.measurement import Decoded, Heard, Measurement, _first
-from apps.speech.memory import model_memory
+from apps.speech.memory import Listeners, model_memory
+from apps.speech.models import new_model
 from apps.speech.models.base import StreamingModel
-from apps.speech.models.store import load_model
+from apps.speech.models.store import load_model, model_bytes, save_model
 from apps.speech.pipeline import Cell, Pipeline
+from apps.speech.units import Units
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
 from kdcore.report import write_report
@@ -269,7 +271,20 @@ def test_every_unit_and_metric_has_its_interval(pipeline: Pipeline) -> None:
 
 def test_memory_grows_with_what_is_heard(pipeline: Pipeline, tmp_path: Path) -> None:
     folder = pipeline.cells(0)[-1].folder
-    short, long = (model_memory(folder, np.zeros((frames, 80), np.float32)) for frames in (100, 200_000))
+    who = Listeners([folder])
+    short, long = (model_memory(who, np.zeros((frames, 80), np.float32)) for frames in (100, 200_000))
     assert short + 200_000 * 80 * 4 < long
     with pytest.raises(OSError, match="could not be measured"):
-        model_memory(tmp_path, np.zeros((100, 80), np.float32))
+        model_memory(Listeners([tmp_path]), np.zeros((100, 80), np.float32))
+    with pytest.raises(ValueError, match="wanted those that pretrained models hear"):
+        model_memory(Listeners([], [tmp_path]), np.zeros((100, 80), np.float32))
+
+
+def test_memory_of_an_ensemble_is_that_of_all_its_members(tmp_path: Path) -> None:
+    units = Units.of_characters(["ab"])
+    for name, hidden in (("one", 512), ("other", 8)):
+        save_model(new_model("bilstm", units.blank + 1, {"hidden": hidden, "layers": 2}), units, tmp_path / name)
+    large, little = tmp_path / "one", tmp_path / "other"
+    features = np.zeros((10, 80), np.float32)
+    alone, both = (model_memory(Listeners(who), features) for who in ([little], [little, large]))
+    assert both > alone + model_bytes(large)

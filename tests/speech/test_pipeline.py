@@ -209,6 +209,8 @@ def test_a_pretrained_teacher_from_a_folder(data: Path, tmp_path: Path) -> None:
     heard = Measurement(pipeline).hear(pipeline.cells(0)[0], "test")
     lengths = pipeline.prepared.store("test", "clean").lengths
     assert heard.frame_ms == 20 and [len(each) for each in heard.log_probs] == list(2 * -(-lengths // 4))
+    # what it takes in memory is more than its weights, and it hears samples
+    assert stored < Measurement(pipeline).memory()["teacher"]["peak_memory_bytes"] < 1 << 30
     # another weight in any of its files is another teacher
     before, shards = pipeline.teach(0).fingerprint, sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1
@@ -278,6 +280,7 @@ def test_members_with_equal_settings_are_fitted_apart(
     one, other = fitted(tmp_path, 0), fitted(tmp_path, 1)
     assert any(not np.array_equal(one[name], other[name]) for name in one)
     both = pipeline.teach(0)
+    assert Measurement(pipeline).memory().keys() == {"teacher", "student_alone", "student"}
     # the first is what it is by itself, and the second can be made again
     assert both.members[0].name == alone.teach(0).members[0].name
     for path in (tmp_path / "run" / "seeds" / "shared" / "teacher").glob("member-1*"):
