@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
+
+from kdcore.locks import beside, locked
 
 # one process may solve, evaluate or fill a teacher's cache for hours while the others wait for it
 _PATIENCE = timedelta(days=7)
@@ -76,6 +79,17 @@ def first_process_first() -> Iterator[None]:
     yield
     if is_first_process():
         barrier()
+
+
+@contextmanager
+def one_command_makes(path: Path, announce: Callable[[str], None]) -> Iterator[None]:
+    """Let the processes of one command at a time run the block, which makes what is at ``path``.
+
+    Another command says that it waits. It may find it made then: that is asked in the block, by ``agree``.
+    """
+    waiting = f"{path}: another command is making it; waiting"
+    with locked(beside(path), lambda: announce(waiting)) if is_first_process() else nullcontext():
+        yield
 
 
 @contextmanager

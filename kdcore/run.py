@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from kdcore.config import UserError, build, differences, dump_yaml, read_yaml, resolved
+from kdcore.locks import beside, locked
 
 ROLES = ("teacher", "student_alone", "student", "assistant", "baseline")
 
@@ -309,14 +310,15 @@ def belongs(folder: Path, key: str) -> bool:
 
 def deploy_model(source: Path, target: Path) -> None:
     """Put a copy of a model's folder into ``target``, whole or not at all; one that is there already is kept."""
-    whole = (target / "model.json").exists()  # a kill may have left a part
-    if whole and read_json(target / "model.json") == read_json(source / "model.json"):
-        return
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    with locked(beside(target)):
+        whole = (target / "model.json").exists()  # a kill may have left a part
+        if whole and read_json(target / "model.json") == read_json(source / "model.json"):
+            return
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
 
 
 def gather_logs(files: Iterable[Path], target: Path) -> None:

@@ -9,11 +9,9 @@ only where that is asked for.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kdcore.config import UserError
+from kdcore.locks import beside, locked
 from kdcore.run import fingerprint, read_json, write_json
 
 # computes the outputs of rows [start, stop): one array per field, first axis stop - start; [n] of a ragged one
@@ -91,7 +90,7 @@ class TeacherCache:
         entry = self._open(final, description)
         if entry is not None:
             return entry
-        with _lock(self.folder / f".{key}.lock"):
+        with locked(beside(final)):
             entry = self._open(final, description)
             if entry is None:
                 partial = self.folder / f".{key}.partial"
@@ -130,15 +129,6 @@ def _described(fields: dict[str, tuple[str, tuple[int, ...]]], ragged: Mapping[s
     }
     # without one the description, and with it the key, is that of an entry before there were ragged fields
     return about | ({"ragged": {name: np.dtype(dtype).str for name, dtype in ragged.items()}} if ragged else {})
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the system frees it when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _done(folder: Path, ragged: Mapping[str, str]) -> tuple[int, dict[str, int]]:

@@ -261,18 +261,24 @@ class Pipeline:
     def _keep(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted], *, alone: bool) -> Recommender:
         """Return the model stored under ``key``, or fit and store it; ``alone`` if one process is enough to fit it."""
         if not processes.agree(belongs(folder, key)):
-            fitted = fit() if processes.is_first_process() or not alone else None
-            if fitted is not None and processes.is_first_process():
-                save_model(
-                    fitted.model,
-                    folder,
-                    key=key,
-                    train_seconds=round(fitted.seconds, 3),
-                    train_cpu_seconds=round(fitted.cpu_seconds, 3),
-                    epochs=fitted.epochs,
-                )
-            processes.barrier()
+            with processes.one_command_makes(folder, self.announce):
+                # another one may have made it
+                if not processes.agree(belongs(folder, key)):
+                    self._make(folder, key, fit, alone)
         return load_model(folder)
+
+    def _make(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted], alone: bool) -> None:
+        fitted = fit() if processes.is_first_process() or not alone else None
+        if fitted is not None and processes.is_first_process():
+            save_model(
+                fitted.model,
+                folder,
+                key=key,
+                train_seconds=round(fitted.seconds, 3),
+                train_cpu_seconds=round(fitted.cpu_seconds, 3),
+                epochs=fitted.epochs,
+            )
+        processes.barrier()
 
     def _key(self, role: str, seed: int, settings: dict[str, Any]) -> str:
         return fingerprint(role, str(seed), self.split(seed).fingerprint, settings)

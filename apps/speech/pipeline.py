@@ -264,20 +264,36 @@ class Pipeline:
         config: ModelConfig,
         folder: Path,
         views: Sequence[str],
+        **more: Any,
+    ) -> None:
+        """Fit and store the model of a cell, as ``_make``, if it is not there."""
+        if processes.agree(belongs(folder, key)):
+            return
+        with processes.one_command_makes(folder, self.announce):
+            # another one may have made it
+            if not processes.agree(belongs(folder, key)):
+                self._make(role, seed, key, config, folder, views, **more)
+
+    def _make(
+        self,
+        role: str,
+        seed: int,
+        key: str,
+        config: ModelConfig,
+        folder: Path,
+        views: Sequence[str],
         *,
         drawn: int | None = None,
         labelled: bool = False,
         without: Without | None = None,
         **taught: Any,
     ) -> None:
-        """Fit and store the model of a cell if it is not there.
+        """Fit and store the model of a cell.
 
         ``labelled`` leaves out the rows without a text and repeats others, so that there are as many updates as with.
         ``drawn`` is what the fit is seeded with where that is not the seed of the cell; ``without`` are rows that are
         not trained on.
         """
-        if processes.agree(belongs(folder, key)):
-            return
         prepared = self.prepared
         with processes.first_process_first():
             data = self._data(role, views, labelled, without)

@@ -277,7 +277,11 @@ def test_a_deployed_model_is_whole_and_kept_while_it_is_the_same(tmp_path: Path)
     assert (target / "weights").read_text() == "two" and not (target / "mark").exists()
     (target / "model.json").unlink()  # torn by a kill
     deploy_model(source, target)
-    assert belongs(target, "two") and sorted(each.name for each in tmp_path.iterdir()) == ["seeds", "student"]
+    assert belongs(target, "two") and sorted(each.name for each in tmp_path.iterdir()) == [
+        ".student.lock",
+        "seeds",
+        "student",
+    ]
 
 
 def test_logs_are_gathered_in_order_without_what_is_torn(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from apps.recsys.models import linear
 from apps.recsys.models.store import load_model
 from apps.recsys.pipeline import Pipeline
 from kdcore.config import UserError, build, resolved
+from kdcore.locks import beside, locked
 from kdcore.run import read_json, read_log
 from tests.recsys.tiny_run import write_log
 
@@ -167,6 +169,24 @@ def test_a_finished_run_is_not_fitted_again(finished, tmp_path, fits):
     assert fits == []
     assert timeless(rows) == timeless(read_json(finished / "metrics.json"))
     assert weights(again) == weights(finished)
+
+
+def test_two_commands_fit_a_model_once(finished, log, tmp_path, fits):
+    pipeline = Pipeline(configure(log), tmp_path / "run")
+    place = Path("seeds") / "0" / "student_alone"
+    said = []
+    with ExitStack() as held:
+        held.enter_context(locked(beside(tmp_path / "run" / place)))
+
+        def announce(text: str) -> None:
+            said.append(text)
+            if "another command" in text:
+                shutil.copytree(finished / place, tmp_path / "run" / place)
+                held.close()
+
+        pipeline.announce = announce
+        pipeline._student_alone(0)
+    assert said[-1] == f"{tmp_path / 'run' / place}: another command is making it; waiting" and fits == []
 
 
 def test_the_canonical_copy_gives_the_same_split_as_the_source(finished, log, tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from apps.speech.pipeline import Pipeline, member_seed
 from apps.speech.teachers import CrossFitted
 from data_scripts.simulate_speech import simulate
 from kdcore.config import UserError
+from kdcore.locks import beside, locked
 from kdcore.report import write_report
 from kdcore.run import read_json, read_log
 from tests.speech.hugging_face import pretrained
@@ -260,6 +262,28 @@ def test_a_finished_run_needs_the_folder_of_its_teacher_no_more(data: Path, tmp_
     shutil.rmtree(tmp_path / "run" / "data")
     with pytest.raises(UserError, match=r"^teacher\.path: .*not a folder"):
         Pipeline.reopen(tmp_path / "run")
+
+
+def test_two_commands_fit_a_model_once(data: Path, tmp_path: Path) -> None:
+    """The second one waits for the first, and takes what that made."""
+    first, second = (small("ctc_frame_level", data, tmp_path / name, views=[{}]) for name in ("first", "second"))
+    first.fit_alone(0)
+    source, folder = (each.cells(0)[1].folder for each in (first, second))
+    _ = second.prepared
+    with ExitStack() as held:
+        held.enter_context(locked(beside(folder)))
+        said = list[str]()
+
+        def announce(text: str) -> None:
+            said.append(text)
+            shutil.copytree(source, folder)
+            held.close()
+
+        second.announce = announce
+        second.fit_alone(0)
+    assert said == [f"{folder}: another command is making it; waiting"]
+    assert source.with_name("student_alone.checkpoints").exists()
+    assert not folder.with_name("student_alone.checkpoints").exists()
 
 
 def fitted(folder: Path, member: int) -> dict[str, np.ndarray]:

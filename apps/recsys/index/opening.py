@@ -10,10 +10,11 @@ import faiss
 import numpy as np
 
 from apps.recsys.index.building import AT, SAMPLE, Announce, build, nearest, tune
-from apps.recsys.index.files import identity, locked, read_about, read_index, write_about, write_index
+from apps.recsys.index.files import identity, read_about, read_index, write_about, write_index
 from apps.recsys.index.searching import KINDS, Index
 from kdcore.config import UserError
 from kdcore.config import nearest as nearest_names
+from kdcore.locks import locked
 
 # numbers in all vectors up to which "auto" scans them: 31,250 items of 64, about half a millisecond
 EXACT_NUMBERS = 2_000_000
@@ -97,7 +98,7 @@ def _open(
     # a server may have no right to write where the index lies ready
     if about is not None and about["recall_wanted"] == recall:
         return _load(vectors, folder, about)
-    with locked(folder, announce):
+    with locked(folder / ".lock", lambda: announce(f"{folder}: another process builds the index; waiting for it")):
         about = read_about(folder, wanted)
         if about is None:
             about = wanted | _build(kind, vectors, folder, announce)

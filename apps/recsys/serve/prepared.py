@@ -10,13 +10,11 @@ version, and is made under a lock, so that workers that start together make it o
 from __future__ import annotations
 
 import bisect
-import fcntl
 import json
 import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +26,7 @@ from safetensors.numpy import save_file
 from apps.recsys.runtime import read_about
 from apps.recsys.serve.mapped import IdMap, Texts, map_safetensors, verify_files
 from kdcore.config import UserError
+from kdcore.locks import locked
 from kdcore.run import atomic_path, fingerprint, read_json, write_json
 
 # changes when an old file would be misread
@@ -170,7 +169,7 @@ def open_prepared(folder: Path, cache: Path | None = None, announce: Announce = 
     cache = cache / version if cache is not None else folder / ".serving"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache):
+        with locked(cache / ".lock"):
             verify_files(folder, about["files"], cache / "verified.json", announce)
             if not _is_prepared(cache, _key(about)):
                 announce(f"preparing {about['label']} for serving: {about['items']:,} items, {about['users']:,} users")
@@ -178,17 +177,6 @@ def open_prepared(folder: Path, cache: Path | None = None, announce: Announce = 
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.filename or cache}: cannot be written; name another folder with --cache DIR") from None
     return _opened(folder, about, cache)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock: whoever comes second waits and finds the work done."""
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _key(about: dict[str, Any]) -> str:

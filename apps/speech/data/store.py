@@ -12,6 +12,7 @@ import numpy as np
 
 from apps.speech.features import FEATURES, fbank
 from kdcore.config import UserError
+from kdcore.locks import beside, locked
 from kdcore.run import read_json, write_json
 
 Progress = Callable[[int, int], None]
@@ -71,7 +72,7 @@ def build_store(
 ) -> FeatureStore:
     """Return the store of ``count`` utterances' samples, float32 [n] each at 16 kHz; what is there already is kept.
 
-    Memory is that of one utterance. A kill leaves nothing that reads as whole.
+    Memory is that of one utterance. A kill leaves nothing that reads as whole; two commands do not build it twice.
 
     Raises:
         UserError: the disk has no room.
@@ -81,6 +82,12 @@ def build_store(
     if found is not None:
         return found
     path = Path(folder)
+    with locked(beside(path)):
+        found = open_store(path, key)  # another command may have made it meanwhile
+        return _built(path, key, audio, count, progress) if found is None else found
+
+
+def _built(path: Path, key: str, audio: Iterable[np.ndarray], count: int, progress: Progress | None) -> FeatureStore:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from apps.speech.data.store import build_store, open_store
+from apps.speech.data.store import FeatureStore, build_store, open_store
 from apps.speech.features import fbank
 
 
@@ -45,7 +46,30 @@ def test_a_kill_leaves_nothing_that_reads_as_whole(tmp_path: Path) -> None:
         build_store(tmp_path / "store", "key", killed(), 3)
     assert open_store(tmp_path / "store", "key") is None
     assert len(build_store(tmp_path / "store", "key", audio(), 3)) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".store.lock", "store"]
+
+
+def test_two_commands_compute_a_store_once(tmp_path: Path) -> None:
+    seen = list[str]()
+
+    def heard(name: str) -> Iterator[np.ndarray]:
+        for samples in audio():
+            seen.append(name)
+            yield samples
+
+    with ThreadPoolExecutor(1) as other:
+
+        def first() -> Iterator[np.ndarray]:
+            second = other.submit(build_store, tmp_path / "store", "key", heard("second"), 3)
+            yield from heard("first")
+            # it found nothing when it came, and waits
+            assert not second.done()
+            waiting.append(second)
+
+        waiting = list[Future[FeatureStore]]()
+        one = build_store(tmp_path / "store", "key", first(), 3)
+        np.testing.assert_array_equal(one.frames, waiting[0].result(timeout=60).frames)
+    assert seen == ["first"] * 3
 
 
 @pytest.mark.parametrize("file", ["frames.f32", "offsets.npy", "store.json"])
