@@ -98,7 +98,7 @@ def _step(pipeline: Pipeline, config: SpeechConfig, knowledge: Mapping[str, Mapp
             attention=wanted.attention,
             layers=wanted.teacher_layers,
             n_best=wanted.n_best,
-            cuts=wanted.cuts,
+            segmented=wanted.segmented,
         )
         lessons.make()
         pair = Pair(model.classes - 1, model, teacher)

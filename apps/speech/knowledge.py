@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from apps.speech.hints import DelayedHint, delayed_attention
-from apps.speech.lessons import Cuts, NBest
+from apps.speech.lessons import Cuts, NBest, Segmented
 from apps.speech.models.base import ATTENTION, FRAME_MS, OUTPUT
 from kdcore import losses
 from kdcore.config import UserError, build, nearest
@@ -177,7 +177,7 @@ class Need:
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     n_best: NBest | None = None
-    cuts: Cuts | None = None
+    segmented: Segmented | None = None
 
 
 def delayed_spikes(
@@ -238,7 +238,8 @@ def _sequence(options: SequenceOptions, weight: Weight, pair: Pair) -> list[Term
 
 def _segment(options: SegmentOptions, weight: Weight, pair: Pair) -> list[Term]:
     given = {"blank": pair.blank, "temperature": options.temperature}
-    return [Term("segment", losses.segment_ctc, {}, given, weight)]
+    listed = {name: f"segment.{name}" for name in ("hypotheses", "hypothesis_lengths", "log_scores")}
+    return [Term("segment", losses.segment_ctc, listed, given, weight)]
 
 
 def _attention(options: AttentionTargets, weight: Weight, pair: Pair) -> list[Term]:
@@ -314,7 +315,9 @@ KNOWLEDGE: dict[str, Kind] = {
     "segment": Kind(
         SegmentOptions,
         lambda options: Need(
-            n_best=NBest(options.count, options.beam), cuts=Cuts(options.least, options.threshold, options.delay)
+            segmented=Segmented(
+                NBest(options.count, options.beam), Cuts(options.least, options.threshold, options.delay)
+            )
         ),
         _segment,
     ),
@@ -339,22 +342,16 @@ def knowledge_options(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def needs(given: Mapping[str, Mapping[str, Any]]) -> Need:
-    """Return all that some ways of teaching (name -> options) need together.
-
-    Raises:
-        UserError: two of them want different lists of hypotheses.
-    """
+    """Return all that some ways of teaching (name -> options) need together."""
     each = [KNOWLEDGE[name].need(knowledge_options(name, options)) for name, options in given.items()]
-    listed = [need for need in each if need.n_best is not None]
-    if len(listed) > 1:
-        raise UserError("knowledge: wanted sequence or segment, not both in one student")
+    # one way of teaching wants lists of utterances, and one those of segments
     return Need(
         any(need.posteriors for need in each),
         any(need.attention for need in each),
         tuple(dict.fromkeys(layer for need in each for layer in need.student_layers)),
         tuple(dict.fromkeys(layer for need in each for layer in need.teacher_layers)),
-        listed[0].n_best if listed else None,
-        listed[0].cuts if listed else None,
+        next((need.n_best for need in each if need.n_best is not None), None),
+        next((need.segmented for need in each if need.segmented is not None), None),
     )
 
 

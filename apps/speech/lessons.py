@@ -52,6 +52,14 @@ class Cuts:
 
 
 @dataclass(frozen=True)
+class Segmented:
+    """The N best of every segment of an utterance."""
+
+    n_best: NBest
+    cuts: Cuts
+
+
+@dataclass(frozen=True)
 class Listed:
     """The N best of an utterance's S segments; a place without a hypothesis has the length 0 and the score -inf.
 
@@ -258,15 +266,15 @@ def _joined(found: Sequence[Found]) -> dict[str, np.ndarray]:
 class TeacherLessons:
     """What terms are given of a teacher, for rows in their views: ``Lessons`` of the teaching step.
 
-    Values: ``teacher`` (log-posteriors [B, T', C]); ``teacher.LAYER``; ``hypotheses``, ``hypothesis_lengths``,
-    ``log_scores`` of the utterance or, where ``cuts`` are given, of ``segments``.
+    Values: ``teacher`` (log-posteriors [B, T', C]); ``teacher.LAYER``; ``hypotheses``, ``hypothesis_lengths`` and
+    ``log_scores`` of the utterance; ``segments``, and theirs as ``segment.hypotheses`` and so on.
     """
 
     # what is said of each view of the student's data, in the same order
     views: Sequence[ViewLessons]
     posteriors: bool = False
     n_best: NBest | None = None
-    cuts: Cuts | None = None
+    segmented: Segmented | None = None
 
     def make(self) -> None:
         """Ask the teachers for all of it, or find it in their caches; one of several processes does it for all."""
@@ -283,26 +291,33 @@ class TeacherLessons:
             given = [said.layer(name, row) for row, said in pairs]
             values[f"teacher.{name}"] = torch.from_numpy(padded(given)).float()
         if self.n_best is not None:
-            values |= self._listed(pairs)
+            wanted = self.n_best
+            found = _of_rows(pairs, lambda said: said.hypotheses(wanted))
+            # one segment, the utterance
+            values |= _listed(
+                [Listed(each.segments, each.symbols[0], each.lengths[0], each.scores[0]) for each in found]
+            )
+        if self.segmented is not None:
+            of_segments = self.segmented
+            found = _of_rows(pairs, lambda said: said.segment_hypotheses(of_segments.n_best, of_segments.cuts))
+            values["segments"] = _stacked([each.segments for each in found]).long()
+            values |= {f"segment.{name}": value for name, value in _listed(found).items()}
         return values
 
-    def _listed(self, pairs: Sequence[tuple[int, ViewLessons]]) -> dict[str, Tensor]:
-        lists = {id(said): self._lists(said) for _, said in pairs}
-        found = [lists[id(said)][row] for row, said in pairs]
-        if self.cuts is None:
-            # one segment, the utterance
-            found = [Listed(each.segments, each.symbols[0], each.lengths[0], each.scores[0]) for each in found]
-        values = {
-            "hypotheses": _stacked([each.symbols for each in found], least=1).long(),
-            "hypothesis_lengths": _stacked([each.lengths for each in found]).long(),
-            "log_scores": _stacked([each.scores for each in found]),
-        }
-        return values if self.cuts is None else {**values, "segments": _stacked([e.segments for e in found]).long()}
 
-    def _lists(self, said: ViewLessons) -> Lists:
-        if self.n_best is None:
-            raise ValueError("n_best: wanted, for hypotheses")
-        return said.hypotheses(self.n_best) if self.cuts is None else said.segment_hypotheses(self.n_best, self.cuts)
+def _of_rows(pairs: Sequence[tuple[int, ViewLessons]], lists: Callable[[ViewLessons], Lists]) -> list[Listed]:
+    """Return what is listed of some rows, each in its view."""
+    each = {id(said): lists(said) for _, said in pairs}
+    return [each[id(said)][row] for row, said in pairs]
+
+
+def _listed(found: Sequence[Listed]) -> dict[str, Tensor]:
+    """Return lists of some rows as terms are given them."""
+    return {
+        "hypotheses": _stacked([each.symbols for each in found], least=1).long(),
+        "hypothesis_lengths": _stacked([each.lengths for each in found]).long(),
+        "log_scores": _stacked([each.scores for each in found]),
+    }
 
 
 def _stacked(rows: Sequence[np.ndarray], least: int = 0) -> Tensor:

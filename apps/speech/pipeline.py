@@ -199,7 +199,7 @@ class Pipeline:
                 attention=wanted.attention,
                 layers=wanted.teacher_layers,
                 n_best=wanted.n_best,
-                cuts=wanted.cuts,
+                segmented=wanted.segmented,
                 device=lambda: device,
             )
             lessons.make()

@@ -19,7 +19,7 @@ from apps.speech.data.folds import NO_FOLD
 from apps.speech.data.utterance import utterance_at
 from apps.speech.decode.greedy import greedy
 from apps.speech.fitting import ask, attention_targets
-from apps.speech.lessons import Cuts, NBest, TeacherLessons, ViewLessons
+from apps.speech.lessons import NBest, Segmented, TeacherLessons, ViewLessons
 from apps.speech.models import AcousticModel
 from apps.speech.models.attention import AttentionCtc
 from apps.speech.models.base import FRAME_MS
@@ -236,14 +236,15 @@ def teacher_lessons(
     attention: bool,
     layers: Sequence[str],
     n_best: NBest | None,
-    cuts: Cuts | None,
+    segmented: Segmented | None,
     device: Callable[[], torch.device] = lambda: torch.device("cpu"),
 ) -> TeacherLessons:
     """Return the lessons of (teacher, view it hears), one for each view of the student's.
 
     Lists of hypotheses are made of the shortest frames a teacher has. Teachers are asked on ``device()``.
     """
-    if n_best is not None and any(who.mixed for who, _ in teachers):
+    listed = n_best is not None or segmented is not None
+    if listed and any(who.mixed for who, _ in teachers):
         prepared.announce(
             "teacher: lists of hypotheses are made of frames of 40 ms, in which double letters of its Hugging Face "
             "members may be lost; teacher.combine: switched lists each by itself"
@@ -259,8 +260,8 @@ def teacher_lessons(
             attention=attention,
             classes=classes,
             device=device,
-            frame_ms=FRAME_MS if n_best is None else who.frame_ms,
+            frame_ms=who.frame_ms if listed else FRAME_MS,
         )
         for who, view in teachers
     ]
-    return TeacherLessons(views, posteriors, n_best, cuts)
+    return TeacherLessons(views, posteriors, n_best, segmented)

@@ -9,7 +9,7 @@ import torch
 
 from apps.speech.config import KnowledgeConfig
 from apps.speech.knowledge import KNOWLEDGE, Pair, delayed_spikes, knowledge_options, needs, terms
-from apps.speech.lessons import Cuts, NBest
+from apps.speech.lessons import Cuts, NBest, Segmented
 from kdcore import losses
 from kdcore.config import UserError
 from kdcore.teaching.terms import Terms
@@ -63,10 +63,9 @@ def test_spikes_are_wanted_after_the_delay() -> None:
 def test_needs_are_those_of_all() -> None:
     wanted = needs({"sequence": {"count": 2, "beam": 8}, "frame": {}, "hint": {}})
     assert wanted.posteriors and wanted.student_layers == wanted.teacher_layers == ("encoder",)
-    assert wanted.n_best == NBest(2, 8) and wanted.cuts is None
-    assert needs({"segment": {"least": 5, "delay": 1}}).cuts == Cuts(5, 0.95, 1)
-    with pytest.raises(UserError, match="sequence or segment, not both"):
-        needs({"sequence": {}, "segment": {}})
+    assert wanted.n_best == NBest(2, 8) and wanted.segmented is None
+    both = needs({"segment": {"least": 5, "delay": 1}, "sequence": {"count": 2}})
+    assert both.segmented == Segmented(NBest(4, 16), Cuts(5, 0.95, 1)) and both.n_best == NBest(2, 16)
 
 
 def test_unknown_names_and_options_are_told() -> None:

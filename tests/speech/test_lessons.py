@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apps.speech.decode.nbest import n_best
-from apps.speech.lessons import Cuts, NBest, TeacherLessons, ViewLessons
+from apps.speech.lessons import Cuts, NBest, Segmented, TeacherLessons, ViewLessons
 from kdcore.losses import cut_at_blanks
 from kdcore.run import read_json
 from kdcore.teacher_cache import TeacherCache
@@ -98,7 +98,8 @@ def test_values_of_a_batch(tmp_path: Path) -> None:
 def test_segments_cover_an_utterance_and_have_their_own_lists(tmp_path: Path) -> None:
     made, _ = lessons(tmp_path)
     cuts = Cuts(least=4, threshold=0.9, delay=2)
-    values = TeacherLessons([made], n_best=NBest(2, 8), cuts=cuts).of(np.array([4, 2]), np.array([0, 0]), 100)
+    both = TeacherLessons([made], n_best=NBest(3, 8), segmented=Segmented(NBest(2, 8), cuts))
+    values = both.of(np.array([4, 2]), np.array([0, 0]), 100)
     own = cut_at_blanks(
         torch.from_numpy(made.log_probs(4))[None], torch.tensor([100]), blank=4, threshold=0.9, least=4
     )[0]
@@ -107,9 +108,13 @@ def test_segments_cover_an_utterance_and_have_their_own_lists(tmp_path: Path) ->
     assert torch.equal(late[1 : len(own), 0], own[1:, 0] + 2)
     for place, (low, high) in enumerate(own.tolist()):
         expected = n_best(made.log_probs(4)[low:high], 2, beam=8)
-        size = int(values["hypothesis_lengths"][0, place, 0])
-        assert tuple(values["hypotheses"][0, place, 0, :size].tolist()) == expected[0].ids
-    assert (values["log_scores"][1, 1:] == -torch.inf).all()  # the short one has one segment
+        size = int(values["segment.hypothesis_lengths"][0, place, 0])
+        assert tuple(values["segment.hypotheses"][0, place, 0, :size].tolist()) == expected[0].ids
+    assert (values["segment.log_scores"][1, 1:] == -torch.inf).all()  # the short one has one segment
+    # beside them, those of the utterances
+    whole = TeacherLessons([made], n_best=NBest(3, 8)).of(np.array([4, 2]), np.array([0, 0]), 100)
+    assert whole.keys() == {"hypotheses", "hypothesis_lengths", "log_scores"}
+    assert all(torch.equal(values[name], value) for name, value in whole.items())
 
 
 def test_lists_out_of_range() -> None:

@@ -125,6 +125,17 @@ def test_hints_are_taught_beside_other_terms(data: Path, tmp_path: Path) -> None
     )
 
 
+def test_all_that_a_teacher_knows_in_one_student(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = students(monkeypatch)
+    ways = ("frame", "sequence", "segment", "guided", "hint")
+    # lists of other sizes, so that those of an utterance are not taken for those of its segments
+    options = {"sequence": {"options": {"count": 2}}, "segment": {"options": {"count": 3, "delay": 1}}}
+    knowledge = {way: options.get(way, {}) for way in ways}
+    pipeline = small("ctc_frame_level", data, tmp_path, knowledge=knowledge, views=[{}])
+    pipeline.fit_student(0)
+    assert moving(steps[-1], 0) == {"ctc", *ways}
+
+
 def test_an_int8_student_is_stored_as_int8_weights_give_it(data: Path, tmp_path: Path) -> None:
     trainer = {**TRAINER, "max_epochs": 2}
     options = {"options": SIZES["conv_rnn"], "optimization": {"batch_frames": 1500}, "trainer": trainer}
