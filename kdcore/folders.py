@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: an export takes the place of an earlier one, and of nothing else."""
+"""The folder of data; and folders that appear whole or not at all: an export takes the place of an earlier one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from kdcore.run import flush
 
 # whether a folder is one that the caller wrote, so that it may give way
 Ours = Callable[[Path], bool]
+
+
+def data_folder() -> Path:
+    """Return the folder that has corpora by domain and name: ``KD_DATA``, where that is not set ``../shared/data``."""
+    return Path(os.environ.get("KD_DATA") or "../shared/data")
 
 
 def check_target(out: Path, ours: Ours) -> None:

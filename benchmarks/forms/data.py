@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcore.config import UserError
+from kdcore.folders import data_folder
 
 CLASSES = 10
 # training and validation rows; all others are the test set
@@ -38,7 +38,7 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
 
         digits = load_digits()
         return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
-    folder = Path(os.environ.get("KD_DATA", "../shared/data")) / "multimodal" / "mnist"
+    folder = data_folder() / "multimodal" / "mnist"
     if not folder.is_dir():
         raise UserError(f"{folder}: not there; set KD_DATA to the folder that holds multimodal/mnist")
     images = _idx(folder / "t10k-images-idx3-ubyte.gz", 3)

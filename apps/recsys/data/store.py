@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from apps.recsys.data.formats.canonical import read_json_file
 from apps.recsys.data.histories import Histories
 from apps.recsys.data.splits import PARTS, Split, make_split
 from kdcore.config import UserError
+from kdcore.folders import data_folder
 from kdcore.run import atomic_path, write_json
 
 _ALIASES = {"beauty": "amazon-beauty", "toys": "amazon-toys"}
@@ -141,7 +141,7 @@ def find_data(name_or_path: str) -> Path:
     if path.exists():
         return path
     name = _ALIASES.get(name_or_path, name_or_path)
-    places = [Path(os.environ.get("KD_DATA", "../shared/data")) / "recsys", Path("data")]
+    places = [data_folder() / "recsys", Path("data")]
     for place in places:
         if Path(name).name == name and (place / name).exists():
             return place / name

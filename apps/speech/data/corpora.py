@@ -1,6 +1,6 @@
 """The corpora that a configuration names, one or several: found, selected from, and joined without a clash of ids.
 
-    an4                          by its name in the data folder (KD_DATA, or data), or any path
+    an4                          by its name in the data folder (KD_DATA) or in data, or any path
     fsdd@speaker=george,lucas    only the utterances of these speakers
     fsdd@speaker!=george         all but his
     an4@split=train              one of its splits; any other field of its rows can stand there as well
@@ -23,6 +23,7 @@ from apps.speech.data.formats import pattern_files, read_corpus
 from apps.speech.data.splits import PARTS, part_of
 from apps.speech.data.utterance import STORED, Corpus, Utterance
 from kdcore.config import UserError, nearest
+from kdcore.folders import data_folder
 from kdcore.run import read_json
 
 _SELECTION = re.compile(r"@(\w+)(!?=)([^@]*)")
@@ -80,15 +81,14 @@ def parse_corpus(text: str, option: str = "--data") -> tuple[str, tuple[Selectio
 
 
 def find_data(name: str, option: str = "--data") -> Path:
-    """Return a path, or that of a corpus by its name in the data folder (``KD_DATA``, or ``data``).
+    """Return a path, or that of a corpus by its name in the data folder (``KD_DATA``, ``../shared/data``) or ``data``.
 
     Shards may be named by a pattern, as ``shards/part-*.tar``.
 
     Raises:
         UserError: neither is there; the text names the ``option`` and says where it was looked for.
     """
-    roots = [Path(os.environ["KD_DATA"]) / "speech"] if os.environ.get("KD_DATA") else []
-    places = [Path(name), *(root / name for root in (*roots, Path("data")))]
+    places = [Path(name), data_folder() / "speech" / name, Path("data") / name]
     for place in places:
         if os.path.exists(place) or pattern_files(place):
             return place

@@ -374,3 +374,10 @@ def test_a_corpus_is_named_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     assert absolute_name("made@split=test") == str(tmp_path / "here" / "data" / "made") + "@split=test"
     # the data folder may be elsewhere on another machine, and what is not there is said later
     assert absolute_name("an4") == "an4" and absolute_name("nowhere") == "nowhere"
+    # without it, the data folder is where README says, as for every other domain; another folder has no such sibling
+    monkeypatch.delenv("KD_DATA")
+    (tmp_path / "shared" / "data" / "speech" / "fsdd").mkdir(parents=True)
+    assert find_data("fsdd").samefile(tmp_path / "shared" / "data" / "speech" / "fsdd")
+    assert absolute_name("fsdd") == os.path.abspath("../shared/data/speech/fsdd")
+    with pytest.raises(UserError, match=r"--data: an4 is no file .*\.\./shared/data/speech/an4, data/an4; set KD_DATA"):
+        find_data("an4")
