@@ -81,6 +81,24 @@ def test_the_same_bytes_each_time_and_never_over_others(corpus: Corpus, written:
         write_shards(corpus, tmp_path)
 
 
+def test_shards_that_were_broken_off_are_no_corpus(corpus: Corpus, written: list[Path], tmp_path: Path) -> None:
+    audio = Path(tmp_path / "source")
+    shutil.copytree(corpus.folder, audio)
+    (audio / "17.wav").write_bytes(b"")  # an error does what a kill would
+    with pytest.raises(UserError, match=r"17\.wav"):
+        write_shards(replace(corpus, folder=audio), tmp_path / "shards", per_shard=5)
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 3
+    for source in (tmp_path / "shards", tmp_path / "shards" / "shard-*.tar", tmp_path / "shards" / "shard-000001.tar"):
+        with pytest.raises(UserError, match="holds a part of a corpus: kd speech shards was broken off"):
+            read_corpus(source)
+    # the same command makes them, also where it was killed after its last word but one
+    for _ in range(2):
+        again = write_shards(corpus, tmp_path / "shards", per_shard=5)
+        assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+        assert len(read_corpus(tmp_path / "shards")) == len(corpus)
+        (tmp_path / "shards" / "shards.incomplete").touch()
+
+
 def test_a_run_is_trained_on_shards(tmp_path: Path) -> None:
     data = simulate(tmp_path / "data", utterances=30)
     folders = {part: tmp_path / part for part in ("train", "valid", "test")}

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from apps.speech.data.formats import pattern_files, read_corpus
 from apps.speech.data.splits import PARTS, part_of
@@ -166,18 +166,18 @@ class Sources:
     def parts(self, given: Given) -> dict[str, Corpus]:
         """Return the parts that some corpora have together; rows that name no split are for training.
 
-        So is what belongs to no part, where none of the splits of a corpus is a training part.
+        So are splits whose names say no part, where none of a corpus says that it is for training: what is called
+        ``test_noisy`` beside ``test`` never is.
         """
         found: dict[str, list[Corpus]] = {part: [] for part in PARTS}
         for text, corpus, _ in self._read(given, "--data"):
             own = _parts(corpus)
-            taken = {name for names in own.values() for name in names}
-            others = [name for name in corpus.splits if name not in taken]
-            self._note(parse_corpus(text)[0], corpus, taken if "train" in own else corpus.splits)
+            own.setdefault("train", tuple(name for name in corpus.splits if part_of(name) is None))
+            self._note(parse_corpus(text)[0], corpus, [name for names in own.values() for name in names])
             for part, names in own.items():
                 if part != "train":
                     found[part].append(corpus.split(*names))
-            trained = corpus.split(*own.get("train", others), unnamed=True)
+            trained = corpus.split(*own["train"], unnamed=True)
             # of a split that is bad throughout there is no other trace
             lost = tuple(each for each in corpus.left_out if each.split not in (*corpus.splits, None))
             found["train"] += [replace(trained, left_out=(*trained.left_out, *lost))] if len(trained) else []
@@ -277,9 +277,11 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
 def refuse_shared(corpora: dict[str, Corpus], parts: Sequence[str]) -> None:
     """Raise UserError if two of the parts hear the same: half of a recording, or more, in one channel of one file.
 
-    Neighbours cut from a long file may overlap a little. Ids say nothing: many corpora number from 0.
+    Who hears no channel in particular hears all of them. Neighbours cut from a long file may overlap a little. Ids say
+    nothing: many corpora number from 0.
     """
-    recordings: defaultdict[tuple[Any, ...], list[_Piece]] = defaultdict(list)
+    recordings: defaultdict[tuple[str, str], defaultdict[int | None, list[_Piece]]]
+    recordings = defaultdict(lambda: defaultdict(list))
     files: dict[Path, str] = {}
     for place, part in enumerate(parts):
         for each in corpora[part].utterances if part in corpora else ():
@@ -287,9 +289,13 @@ def refuse_shared(corpora: dict[str, Corpus], parts: Sequence[str]) -> None:
             if path not in files:
                 files[path] = os.path.realpath(path)
             start = float(each.extra.get("offset") or 0.0)
-            recordings[_recorded(each, files[path])].append(_Piece(start, start + each.duration, place, each))
-    for pieces in recordings.values():
-        if (pair := _overlapping(pieces)) is not None:
+            member = str(each.extra.get(STORED[1]))
+            piece = _Piece(start, start + each.duration, place, each)
+            recordings[files[path], member][_channel(each)].append(piece)
+    for channels in recordings.values():
+        of_all = channels.pop(None, [])
+        found = (_overlapping([*pieces, *of_all]) for pieces in (*channels.values(), []))
+        if (pair := next(filter(None, found), None)) is not None:
             one, two = sorted(pair, key=lambda piece: piece.part)
             other = f" (there {one.utterance.id})" if one.utterance.id != two.utterance.id else ""
             raise UserError(
@@ -307,11 +313,10 @@ class _Piece(NamedTuple):
     utterance: Utterance
 
 
-def _recorded(utterance: Utterance, file: str) -> tuple[Any, ...]:
-    """Return what is one for utterances of the same channel of the same file."""
+def _channel(utterance: Utterance) -> int | None:
+    """Return the channel that an utterance hears, None for all of them, as ``Corpus.load``."""
     channel = utterance.extra.get("channel")
-    number = channel if isinstance(channel, int) and not isinstance(channel, bool) else None  # as Corpus.load
-    return file, number, str(utterance.extra.get(STORED[1]))
+    return channel if isinstance(channel, int) and not isinstance(channel, bool) else None
 
 
 def _overlapping(pieces: Sequence[_Piece]) -> tuple[_Piece, _Piece] | None:

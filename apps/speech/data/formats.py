@@ -26,6 +26,8 @@ _MANIFESTS = (".jsonl", ".json", ".ndjson")
 # lines of the text beside a recording
 _MOST_LINES = 1000
 # the splits of Common Voice that do not overlap
+# what lies beside shards, those that are whole and others (``apps.speech.data.shards``)
+_SHARDS = ("shards.json", "shards.incomplete")
 _COMMON_VOICE = ("train.tsv", "dev.tsv", "test.tsv")
 # characters of a field of a table: more is a sign that ends of lines are missing
 _LONGEST_FIELD = 1 << 17
@@ -86,7 +88,7 @@ def detect_format(source: Path) -> str:
         if source.suffix == ".tar":
             return "shards"
         raise UserError(f"{source}: wanted a manifest (.jsonl), a table of Common Voice (.tsv), shards or a folder")
-    if not source.exists() or (source / "shards.json").is_file():
+    if not source.exists() or any((source / name).is_file() for name in _SHARDS):
         return "shards"  # without a file of that name it is a pattern
     if (source / "wav.scp").is_file():
         return "kaldi"

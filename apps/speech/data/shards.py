@@ -26,9 +26,11 @@ from apps.speech.data.manifest import Row, inside
 from apps.speech.data.utterance import LARGEST_STORED, STORED, BadRow, Corpus, Tally, Utterance, by_reason, loaded
 from apps.speech.features import SAMPLE_RATE
 from kdcore.config import UserError
-from kdcore.run import atomic_path, write_json
+from kdcore.run import atomic_path, write_json, write_text
 
 INDEX = "shards.json"
+# beside shards that are being written, or were left so by a kill
+UNFINISHED = "shards.incomplete"
 # why what follows in a shard is left out
 _BROKEN = "unreadable shard"
 _LARGEST_ROW = 1 << 20
@@ -45,8 +47,9 @@ def write_shards(
 ) -> list[Path]:
     """Write a corpus as ``shard-000000.tar`` and so on, then ``shards.json``, which says that they are complete.
 
-    Audio is stored as FLAC, 16 kHz, one channel, 16 bits. The same corpus gives the same bytes. ``about`` is what the
-    corpus says of itself, for ``dataset.json``.
+    Until then ``shards.incomplete`` says that they are not, and nobody reads them. Audio is stored as FLAC, 16 kHz, one
+    channel, 16 bits. The same corpus gives the same bytes. ``about`` is what the corpus says of itself, for
+    ``dataset.json``.
 
     Raises:
         UserError: the folder holds complete shards already, or audio cannot be read (with ``skip_bad`` it is left out
@@ -55,9 +58,9 @@ def write_shards(
     if per_shard < 1:
         raise ValueError(f"per_shard: got {per_shard}, wanted at least 1")
     root = Path(folder)
-    if (root / INDEX).exists():
+    if (root / INDEX).exists() and not (root / UNFINISHED).exists():
         raise UserError(f"{root}: holds shards already; name another folder")
-    root.mkdir(parents=True, exist_ok=True)
+    write_text(root / UNFINISHED, "kd speech shards has not come to its end; the same command begins anew\n")
     tally = Tally(skip_bad)
     source = loaded(corpus, tally)
     written: list[Path] = []
@@ -83,6 +86,7 @@ def write_shards(
     index = {"shards": [path.name for path in written], "utterances": count, "seconds": round(seconds, 3)}
     left_out = by_reason((*corpus.left_out, *tally.left_out))
     write_json(root / INDEX, {**index, "fingerprint": corpus.fingerprint, "left_out": left_out})
+    (root / UNFINISHED).unlink()
     return written
 
 
@@ -107,9 +111,14 @@ def shard_paths(source: str | os.PathLike[str]) -> list[Path]:
     Of a folder they are those that ``shards.json`` lists, without it all ``*.tar``, sorted.
 
     Raises:
-        UserError: there are none, one is no tar file by its name, one that is listed is missing, or the list is wrong.
+        UserError: there are none, one is no tar file by its name, one that is listed is missing, the list is wrong, or
+            their writer has not come to its end.
     """
     root = Path(source)
+    if ((root if root.is_dir() else root.parent) / UNFINISHED).exists():
+        raise UserError(
+            f"{root}: holds a part of a corpus: kd speech shards was broken off; the same command makes all"
+        )
     if not root.is_dir():
         found = [root] if root.is_file() else pattern_files(root)
         other = next((path for path in found if path.suffix != ".tar"), None)

@@ -204,9 +204,12 @@ def test_parts_are_chosen_where_a_corpus_has_them(both: tuple[Path, Path]) -> No
         ({"path": "../data/long.wav", "offset": 1, "channel": 1}, "valid", "0"),
         ({"channel": 0}, None, None),
         ({"offset": 0.5}, None, None),
+        # the mix of a file holds each of its channels
+        ({"offset": 1}, "train", "0"),
+        ({"offset": 1.6, "channel": 0}, "valid", "1"),
         # of the second half of a piece, of a whole that holds one, and neighbours that share a little
         ({"offset": 2.25}, "train", "1"),
-        ({"duration": 2.6}, "valid", "1"),
+        ({"duration": 2.6}, "train", "0"),
         ({"offset": 2.4}, None, None),
     ],
 )
@@ -225,7 +228,7 @@ def test_parts_share_no_recording_whatever_it_is_called(
 
     # the ids of one file say nothing of another's
     train = part("a", {"id": "0", "offset": 1, "channel": 0}, {"id": "1", "offset": 2})
-    valid = part("b", {"id": "0", "offset": 1, "channel": 1}, {"id": "1", "offset": 1})
+    valid = part("b", {"id": "0", "offset": 1, "channel": 1}, {"id": "1", "offset": 1.6})
     given_ = {"train": train, "valid": valid, "test": part("c", {"id": "0", **row})}
     if first is None:
         assert ids(read(**given_)) == {"train": ["0", "1"], "valid": ["0", "1"], "test": ["0"]}
@@ -233,6 +236,21 @@ def test_parts_share_no_recording_whatever_it_is_called(
     called = r" \(there 1\)" if name == "1" else ""
     with pytest.raises(UserError, match=f"utterance 0 is in {first}{called} and in test: both hear "):
         read(**given_)
+
+
+def test_other_tests_beside_a_test_are_never_trained_on(tmp_path: Path) -> None:
+    trained = corpus(tmp_path / "one", {"train": [("a", "s"), ("b", "t")]})
+    tests = corpus(tmp_path / "two", {"test": [("c", "u")], "test_noisy": [("d", "u")], "dev": [("e", "v")]})
+    said = list[str]()
+    parts = read_parts(DataConfig(path=[str(trained), str(tests)]), said.append)
+    assert ids(parts) == {"train": ["one/a", "one/b"], "valid": ["two/e"], "test": ["two/c"]}
+    assert any(line.startswith("not used: test_noisy of ") for line in said)
+    # a split whose name says nothing is for training, where no other one is
+    splits = {"960": "a", "dev": "b", "test": "c", "eval92": "d"}
+    named = corpus(tmp_path / "three", {split: [(speaker, speaker)] for split, speaker in splits.items()})
+    found = read_parts(DataConfig(path=str(named)), said.append)
+    assert ids(found) == {"train": ["a"], "valid": ["b"], "test": ["c"]}
+    assert any(line.startswith("not used: eval92 ") for line in said)
 
 
 def test_members_of_one_shard_are_recordings_of_their_own(both: tuple[Path, Path], tmp_path: Path) -> None:
