@@ -268,6 +268,11 @@ class RunDirectory:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
+    @property
+    def metrics(self) -> Path:
+        """The file of what was measured of all models."""
+        return self.path / "metrics.json"
+
     def refuse_other(self, config: Mapping[str, Any], kind: type | None = None) -> bool:
         """Return whether a run with this resolved configuration is here already; UserError if it is another one.
 
@@ -294,11 +299,11 @@ class RunDirectory:
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write all rows of ``metrics.json``."""
-        write_json(self.path / "metrics.json", list(rows))
+        write_json(self.metrics, list(rows))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows of ``metrics.json``, none if it is not there yet."""
-        file = self.path / "metrics.json"
+        file = self.metrics
         return read_json(file, list) if file.exists() else []
 
 

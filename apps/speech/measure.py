@@ -46,13 +46,15 @@ def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]
     """
     # these ask all processes; the first one alone does the rest
     _refuse_unfitted(pipeline)
+    pipeline.prepared.refuse_changed()
     teachers: dict[int, Teacher] = {}
     for seed in pipeline.config.seeds:
         shared = next(iter(teachers.values()), None) if pipeline.config.teacher.seed is not None else None
         teachers[seed] = shared or pipeline.teach(seed)
     with processes.first_process_first():
         if processes.is_first_process():
-            return _evaluated(pipeline, Measurement(pipeline, teachers), memory)
+            with processes.one_command_makes(pipeline.run.metrics, pipeline.announce):
+                return _evaluated(pipeline, Measurement(pipeline, teachers), memory)
     return pipeline.run.read_metrics()
 
 

@@ -94,28 +94,38 @@ class Pipeline:
     def prepared(self) -> Prepared:
         """The data of the run, read and checked at the first call; configuration and provenance are written then."""
         with processes.first_process_first():
-            known = self._reopened or self.run.refuse_other(resolved(self.config), SpeechConfig)
-            if not known:
-                refuse_unwritable(self.run.path)
-            # what a command left behind that was refused, or killed, is of settings that nobody wrote down
-            found = prepare(self.config, self.run.path, self.announce, anew=not known)
-            if self.config.teacher.folds:
-                # too many are refused before the settings are written, and before anything is fitted
-                self._announce_folds(found, speaker_folds(_trained(found), self.config.teacher.folds))
-            if not known:
-                self.run.write_config(resolved(self.config))
-            if not (self.run.path / "provenance.json").exists():
-                about = provenance(
-                    seeds=self.config.seeds,
-                    data={
-                        "name": self.config.data.name,
-                        "fingerprint": found.fingerprint,
-                        "corpora": list(found.sources),
-                        "parts": {row["part"]: row for row in found.statistics()},
-                    },
-                    simulated=found.simulated,
-                )
-                write_json(self.run.path / "provenance.json", about)
+            if self._known():
+                return self._read(anew=False)
+            refuse_unwritable(self.run.path)
+            data = self.run.path / "data"
+            with processes.one_command_makes(data, self.announce):
+                # another command may have made the run meanwhile, with other settings too; what one left behind that
+                # was refused, or killed, is of settings that nobody wrote down
+                return self._read(anew=not self._known())
+
+    def _known(self) -> bool:
+        """Return whether the run is there already; UserError if it has other settings."""
+        return self._reopened or self.run.refuse_other(resolved(self.config), SpeechConfig)
+
+    def _read(self, *, anew: bool) -> Prepared:
+        found = prepare(self.config, self.run.path, self.announce, anew=anew)
+        if self.config.teacher.folds:
+            # too many are refused before the settings are written, and before anything is fitted
+            self._announce_folds(found, speaker_folds(_trained(found), self.config.teacher.folds))
+        if anew:
+            self.run.write_config(resolved(self.config))
+        if not (self.run.path / "provenance.json").exists():
+            about = provenance(
+                seeds=self.config.seeds,
+                data={
+                    "name": self.config.data.name,
+                    "fingerprint": found.fingerprint,
+                    "corpora": list(found.sources),
+                    "parts": {row["part"]: row for row in found.statistics()},
+                },
+                simulated=found.simulated,
+            )
+            write_json(self.run.path / "provenance.json", about)
         return found
 
     # -- teach -----------------------------------------------------------------------------------------------------
@@ -350,6 +360,7 @@ class Pipeline:
             "student_alone": [pair.student for pair in self.config.views],
         }.get(role, resolved(self.config)["views"])
         about = {"views": views, "test_view": self.config.tested_view(role)}
+        self.prepared.refuse_changed()
         return fingerprint(role, str(seed), self.prepared.fingerprint, {**settings, **about})
 
     def _root(self, seed: int | None) -> Path:
@@ -374,7 +385,8 @@ class Pipeline:
         metric = self.config.student.trainer.monitor
         rows = [row for row in self.run.read_metrics() if row["role"] == "student" and row["split"] == "valid"]
         best = min(rows, key=lambda row: row["metrics"][metric])["seed"]
-        with processes.first_process_first():
+        # no command that evaluates them writes into what is copied
+        with processes.first_process_first(), processes.one_command_makes(self.run.metrics, self.announce):
             if processes.is_first_process():
                 for role in ROLES:
                     if self._folder(role, best).exists():  # a pretrained teacher stays where it is

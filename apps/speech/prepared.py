@@ -45,6 +45,8 @@ class Prepared:
     sources: Sequence[Mapping[str, Any]] = ()
     # what is wrong with utterances that are kept, by part and kind: how often, and the first of them
     remarks: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    # fingerprints of the parts when they were read
+    then: Mapping[str, str] = field(default_factory=dict)
     announce: Announce = lambda text: None
 
     @property
@@ -83,6 +85,22 @@ class Prepared:
         """What the data is: every row of every part, the units, and how features are made of it."""
         about = {"units": self.units.symbols, "features": [VERSION, TAIL_MS]}
         return fingerprint(*(corpus.fingerprint for corpus in self.corpora.values()), about)
+
+    def refuse_changed(self) -> None:
+        """Raise UserError if an audio file has another size than when the run read it.
+
+        Models of before and after would be compared as if they had heard the same.
+        """
+        for part, corpus in self.corpora.items():
+            if self.then.get(part, corpus.fingerprint) == corpus.fingerprint:
+                continue
+            read = (self.folder / "data" / "data.json").stat().st_mtime
+            paths = (corpus.path(each) for each in corpus.utterances)
+            changed = next((path for path in paths if path.stat().st_mtime > read), None)
+            raise UserError(
+                f"{changed or corpus.folder}: {part}: audio has changed since {self.folder} read it; "
+                "wanted it as it was, or another --out for a run of its own"
+            )
 
     def texts(self, part: str) -> list[str]:
         """Return the normalised texts of a part, empty where there is none."""
@@ -185,8 +203,8 @@ def prepare(
             f"{path}: has changed since {folder} was made; features made with it stay, another --out makes new ones"
         )
     corpora = {part: read_corpus(folder / "data" / f"{part}.jsonl") for part in about["parts"]}
-    units = Units.load(folder / "data")
-    return Prepared(folder, corpora, units, about["left_out"], about["corpora"], about.get("remarks", {}), announce)
+    units, more = Units.load(folder / "data"), (about.get("remarks", {}), about.get("fingerprints", {}))
+    return Prepared(folder, corpora, units, about["left_out"], about["corpora"], *more, announce)
 
 
 def _changed(states: Mapping[str, str | None]) -> list[str]:
@@ -228,6 +246,8 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
     about["corpora"] = [{"name": source.name, "simulated": source.simulated} for source in parts.sources]
     about["read"] = {os.path.abspath(source.path): state(source.path) for source in parts.sources}
     folders = [folder for view in config.heard_views for folder in parse_view(view).folders]
+    # as the run reads them from now on
+    about["fingerprints"] = {part: read_corpus(folder / f"{part}.jsonl").fingerprint for part in corpora}
     about["heard"] = {os.path.abspath(folder): state(folder) for folder in folders}
     # last: its presence says that the data is whole
     write_json(folder / "data.json", {**about, "remarks": parts.remarks, "simulated": parts.simulated})

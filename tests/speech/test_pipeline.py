@@ -297,6 +297,22 @@ def test_two_commands_fit_a_model_once(data: Path, tmp_path: Path) -> None:
     assert not folder.with_name("student_alone.checkpoints").exists()
 
 
+def test_two_commands_do_not_mix_their_settings(data: Path, tmp_path: Path) -> None:
+    """The second one came when nothing was there, and finds a run of the first."""
+    first, second = (small("ctc_frame_level", data, tmp_path, seeds=[seed]) for seed in (0, 1))
+    with ExitStack() as held:
+        held.enter_context(locked(beside(second.run.path / "data")))
+
+        def announce(text: str) -> None:
+            held.close()
+            _ = first.prepared
+
+        second.announce = announce
+        with pytest.raises(UserError, match=r"run: holds a run with other settings \(seeds\)"):
+            _ = second.prepared
+    assert Pipeline.reopen(first.run.path).config.seeds == [0]
+
+
 def fitted(folder: Path, member: int) -> dict[str, np.ndarray]:
     return load_file(folder / "run" / "seeds" / "shared" / "teacher" / f"member-{member}" / "model.safetensors")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,24 @@ def test_a_source_that_changes_is_named(data: Path, tmp_path: Path) -> None:
     assert kept.fingerprint == first.fingerprint
     (text,) = said
     assert text.startswith(f"{data}: has changed since {tmp_path / 'run'} read it") and "another --out" in text
+
+
+def test_audio_that_changes_is_refused_by_who_would_mix_it(data: Path, tmp_path: Path) -> None:
+    first, _ = prepared(data, tmp_path)
+    first.refuse_changed()
+    file = first.corpora["test"].path(first.corpora["test"].utterances[-1])
+    kept = file.read_bytes()
+    samples, rate = soundfile.read(file, dtype="float32")
+    soundfile.write(file, samples[: len(samples) // 2], rate)
+    os.utime(file, (later := time.time() + 5, later))
+    pipeline = small("demo", data, tmp_path)
+    assert pipeline.prepared.units == first.units  # whoever only reads the run is not stopped
+    message = f"^{re.escape(str(file))}: test: audio has changed since .*run read it; wanted it as it was, or another"
+    for stage in (lambda: pipeline.fit_alone(0), lambda: pipeline.teach(0), pipeline.prepared.refuse_changed):
+        with pytest.raises(UserError, match=message):
+            stage()
+    file.write_bytes(kept)
+    small("demo", data, tmp_path).prepared.refuse_changed()
 
 
 def test_recordings_of_a_view_that_change_are_named(data: Path, tmp_path: Path) -> None:
