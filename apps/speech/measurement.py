@@ -34,6 +34,7 @@ from apps.speech.memory import Listeners, model_memory
 from apps.speech.models.base import FRAME_MS, StreamingModel
 from apps.speech.models.store import load_model
 from apps.speech.pipeline import Cell, Pipeline
+from apps.speech.spool import Spool
 from apps.speech.teachers import Teacher
 from apps.speech.views import parse_view
 from kdcore.run import write_json
@@ -108,27 +109,28 @@ class Measurement:
         heard = self.config.tested_view(cell.role)
         store = self.prepared.store(part, heard)
         durations = [each.duration for each in self.prepared.corpora[part].utterances]
+        spool = Spool(self.pipeline.run.path, len(store))
         timed, frame_ms = f"network only, {_threads()}, whole utterances in batches", FRAME_MS
         if cell.role == "teacher":
             teacher = self.teacher(cell.seed)
-            found: dict[int, np.ndarray] = {}
             frame_ms = teacher.frame_ms
             with ComputeTime() as spent:
                 for rows in neighbours(store.lengths, 0, len(store)):
                     said = teacher.ask(self.prepared, part, heard, rows, frame_ms=frame_ms)["log_probs"]
-                    found.update(zip(rows, said, strict=True))
+                    for row, log_probs in zip(rows, said, strict=True):
+                        spool.put(row, log_probs)
         else:
             model, _ = load_model(cell.folder)
             with ComputeTime() as spent:
-                found = dict(fitting.all_log_probs(model, store))
+                for row, log_probs in fitting.all_log_probs(model, store):
+                    spool.put(row, log_probs)
             if isinstance(model, StreamingModel):
                 # posteriors are those of streaming, but many utterances at once cost far less than one step by step
                 first = _first(durations)
                 durations = [durations[row] for row in first]
                 spent = ComputeTime(fitting.streaming_seconds(model, [store[row] for row in first]))
                 timed = f"network only, one thread, in chunks of {model.chunk_frames * FRAME_MS} ms"
-        said = [found[row] for row in range(len(store))]
-        return Heard(said, real_time_factor(spent.seconds, sum(durations)), timed, frame_ms, heard)
+        return Heard(spool.arrays(), real_time_factor(spent.seconds, sum(durations)), timed, frame_ms, heard)
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Return by role what the first seed's model takes to hear the longest utterance of the test part.
