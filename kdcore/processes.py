@@ -58,6 +58,19 @@ def agree(value: bool) -> bool:
     return bool(answer)
 
 
+def total(value: float) -> float:
+    """Return the sum of what all processes give; must be called by all of them."""
+    if world_size() == 1:
+        return value
+    import torch
+    from torch import distributed
+
+    connect()
+    found = torch.tensor(value, dtype=torch.float64)
+    distributed.all_reduce(found)
+    return float(found)
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     if world_size() > 1:

@@ -88,7 +88,7 @@ class FitResult:
     best_metrics: dict[str, float] = field(default_factory=dict)
     epochs: int = 0
     steps: int = 0
-    # wall and CPU seconds spent in training and validation, over all starts of a resumed run
+    # wall and CPU seconds spent in training and validation, over all starts of a resumed run; CPU of all processes
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -139,8 +139,9 @@ class _Training:
     module: _FabricModule
     optimizer: _FabricOptimizer
     progress: _Progress
-    # where this start of the run began: (wall, CPU) clock minus what earlier starts took
+    # the clocks (wall, CPU) when this start of the run began, and what earlier starts took
     began: tuple[float, float] = (0.0, 0.0)
+    before: tuple[float, float] = (0.0, 0.0)
     # the student's best weights, and whether no checkpoint holds them yet
     best: dict[str, Tensor] = field(default_factory=dict)
     best_is_new: bool = False
@@ -149,13 +150,14 @@ class _Training:
 
     def start_clock(self) -> None:
         """Count seconds on from those of earlier starts."""
-        result = self.progress.result
-        self.began = time.perf_counter() - result.seconds, time.process_time() - result.cpu_seconds
+        self.began = time.perf_counter(), time.process_time()
+        self.before = self.progress.result.seconds, self.progress.result.cpu_seconds
 
     def read_clock(self) -> None:
-        """Note the seconds so far."""
+        """Note the seconds so far, of CPUs those of all processes, which must all call this."""
         result = self.progress.result
-        result.seconds, result.cpu_seconds = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        result.seconds = self.before[0] + time.perf_counter() - self.began[0]
+        result.cpu_seconds = self.before[1] + processes.total(time.process_time() - self.began[1])
 
 
 class Trainer:

@@ -308,7 +308,9 @@ class Pipeline:
         with processes.first_process_first():
             data = self._data(role, views, labelled, without)
             valid = prepared.store("valid", self.config.tested_view(role))
-            statistics = prepared.store("train", views[0]).statistics()
+            # of the training part, which comes first in what is trained on: one store for both
+            counted = len(prepared.corpora["train"])
+            statistics = prepared.store(prepared.training_parts, views[0]).statistics(counted)
         which = f", {without.name}" if without else ""
         self.announce(f"seed {seed}: fitting {role.replace('_', ' ')} ({config.kind}{which})")
         fitted = fitting.fit_model(

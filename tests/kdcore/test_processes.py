@@ -66,6 +66,11 @@ def test_two_processes_go_on_where_they_broke_off(two: Path) -> None:
     check_equal(whole, broken)
 
 
+def test_training_costs_what_all_processes_computed(two: Path) -> None:
+    first, other = (read_json(two / f"costs{rank}.json") for rank in (0, 1))
+    assert 0 < first["cpu_seconds"] == other["cpu_seconds"] <= first["own"] + other["own"]
+
+
 def test_one_process_goes_on_with_what_two_began(two: Path, one: Path) -> None:
     assert load_state(two / "left" / "last.safetensors")["progress"]["epoch"] == 1
     step = train(two / "left", BufferedStep())

@@ -87,6 +87,14 @@ def interrupted(out: Path) -> None:
         processes.barrier()
 
 
+def costs(out: Path) -> None:
+    """What training cost, as each process is told, and the CPU seconds that each knows of itself."""
+    began = time.process_time()
+    result = Trainer(TrainerConfig(monitor="score", max_epochs=2, accelerator="cpu"), seed=4).fit(BufferedStep())
+    about = {"cpu_seconds": result.cpu_seconds, "own": time.process_time() - began}
+    write_json(out / f"costs{os.environ['RANK']}.json", about)
+
+
 def waiting(out: Path) -> None:
     """One writes slowly, the other finds it written; what is seen at different times is decided once."""
     file, first = out / "written", processes.is_first_process()
@@ -109,5 +117,6 @@ def waiting(out: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     waiting(folder)
+    costs(folder)
     run_cases(folder)
     interrupted(folder)

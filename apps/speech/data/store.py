@@ -37,11 +37,15 @@ class FeatureStore:
         """Feature frames of every utterance, int64 [N]."""
         return np.diff(self.offsets)
 
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of every bin, float32 [80] twice, in one pass over blocks."""
+    def statistics(self, utterances: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of every bin, float32 [80] twice, in one pass over blocks.
+
+        They are of the first so many utterances, or of all.
+        """
+        end = int(self.offsets[len(self) if utterances is None else utterances])
         total, squares, count = np.zeros(FEATURES), np.zeros(FEATURES), 0
-        for start in range(0, len(self.frames), 100_000):
-            block = self.frames[start : start + 100_000].astype(np.float64)
+        for start in range(0, end, 100_000):
+            block = self.frames[start : min(start + 100_000, end)].astype(np.float64)
             total, squares, count = total + block.sum(0), squares + (block**2).sum(0), count + len(block)
         mean = total / max(count, 1)
         deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0.0))

@@ -28,6 +28,7 @@ def test_holds_the_features_of_every_utterance(tmp_path: Path) -> None:
     mean, deviation = store.statistics()
     np.testing.assert_allclose(mean, everything.mean(0), rtol=1e-5)
     np.testing.assert_allclose(deviation, everything.std(0), rtol=1e-4)
+    np.testing.assert_allclose(store.statistics(2)[0], everything[:30].mean(0), rtol=1e-5)
 
 
 def test_what_is_there_is_not_computed_again_but_for_another_key(tmp_path: Path) -> None:
