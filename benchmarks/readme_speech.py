@@ -68,11 +68,12 @@ def quality(result: dict[str, Any]) -> str:
 
 def train(result: dict[str, Any]) -> str:
     """Return the sentence on what a taught step costs."""
-    ratio, target = result["ratio"], result["targets"]
+    ratio, target, symbols = result["ratio"], result["targets"], result["symbols"]
     return (
         f"On cached teachers a step costs {ratio['frame']:.2f} times a plain CTC step at the frame level (wanted "
         f"at most {target['frame']}) and {ratio['sequence of 4']:.2f} times at the sequence level with 4 hypotheses "
-        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. {_command(result)}"
+        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. A hypothesis "
+        f"has {symbols['hypotheses']:.0f} symbols, a text {symbols['texts']:.0f}. {_command(result)}"
     )
 
 
@@ -155,6 +156,8 @@ def runtime(result: dict[str, Any]) -> str:
             ".0f",
         ),
     ]
+    if (with_lm := rates.get("int8 costs, beam 16, language model")) is not None:
+        rows.append(("int8 costs with beam 16 and language model, WER", with_lm, target["int8_costs"], "+.4f"))
     lines = ["| what | measured | wanted at most |", "|---|---|---|"]
     for name, value, most, form in rows:
         shown = f"{value:{form}}" if value <= most else f"**{value:{form}}**"

@@ -31,6 +31,8 @@ from apps.speech.runtime import Recognizer
 from kdcore.progress import Announcer
 
 RECIPE = "ctc_sequence_level"
+# how the device decodes where it is given a language model
+LM = "beam 16, language model"
 # samples of a packet of a live stream: 40 ms
 _PACKET = 640
 # of exports in other chunks than that of training
@@ -166,7 +168,8 @@ class Bench:
         """Return what ``kd speech transcribe`` costs on one core in some ways of use, and what each hears."""
         lm = ["--lm", str(Measurement(self.pipeline).language_model), "--beam", "16"]
         found, texts = {}, {}
-        for name, options in {"int8": [], "fp32": ["--fp32"], "int8, beam 16, language model": lm}.items():
+        ways = {"int8": [], "fp32": ["--fp32"], f"int8, {LM}": lm, f"fp32, {LM}": ["--fp32", *lm]}
+        for name, options in ways.items():
             self.pipeline.announce(f"transcribing the test part: {name}")
             texts[name], found[name] = transcribed(self.folder, self.files, options)
         self.pipeline.announce(f"transcribing {hour:g} s in one file")
@@ -190,7 +193,8 @@ class Bench:
         rates = {
             name: measurement.scored("test", heard, self.pipeline.config.test_view).wer for name, heard in texts.items()
         }
-        return {**rates, "int8 costs": rates["int8"] - rates["fp32"]}
+        costs = {"int8 costs": ("int8", "fp32"), f"int8 costs, {LM}": (f"int8, {LM}", f"fp32, {LM}")}
+        return {**rates, **{name: rates[one] - rates[other] for name, (one, other) in costs.items()}}
 
     def beside_sherpa(self, texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return the share of utterances in which sherpa-onnx writes what ``kd speech transcribe`` does."""
