@@ -10,7 +10,8 @@ import torch
 from apps.speech.config import MemberConfig, ModelConfig, SpeechConfig, TeacherConfig, alone_config
 from apps.speech.knowledge import KNOWLEDGE, Need, knowledge_options, needs
 from apps.speech.models import KINDS, model_options, new_model
-from apps.speech.views import Tempo, View, parse_view
+from apps.speech.view_steps import Tempo
+from apps.speech.views import View, parse_view
 from kdcore.config import UserError
 
 _MONITORS = ("wer", "cer")
@@ -96,7 +97,7 @@ def _check_views(config: SpeechConfig) -> None:
 def _moved(view: View) -> list[str]:
     """Return the steps that move frames; where a tempo's are cut depends on what is heard, so on the steps before."""
     return [
-        "+".join(each.name for each in view.steps[: place + 1]) if isinstance(step, Tempo) else step.name
+        View(view.steps[: place + 1], view.channel).name if isinstance(step, Tempo) else step.name
         for place, step in enumerate(view.steps)
         if not step.keeps_frames
     ]

@@ -398,7 +398,7 @@ def _clips(pipeline: Pipeline) -> Iterator[Clip]:
     heard = parse_view(pipeline.config.test_view)
     for each in corpus.utterances:
         text = None if each.text is None else rules.normalise(each.text)
-        yield Clip(each.id, heard.apply(corpus.load(each), each.id, 0), text)
+        yield Clip(each.id, heard.hear(corpus, each, 0), text)
 
 
 def _decoding(pipeline: Pipeline, role: str, seed: int | None) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class Prepared:
         def audio() -> Iterator[np.ndarray]:
             for corpus in corpora:
                 for utterance in corpus.utterances:
-                    yield with_tail(heard.apply(corpus.load(utterance), utterance.id, seed))
+                    yield with_tail(heard.hear(corpus, utterance, seed))
 
         def progress(done: int, total: int) -> None:
             if done % 200 == 0 or done == total:
@@ -134,7 +134,7 @@ class Prepared:
         """
         corpora = [self.corpora[part] for part in ([parts] if isinstance(parts, str) else parts)]
         heard, found = parse_view(view), (utterance_at(corpora, row) for row in rows)
-        return [with_tail(heard.apply(corpus.load(utterance), utterance.id, seed)) for corpus, utterance in found]
+        return [with_tail(heard.hear(corpus, utterance, seed)) for corpus, utterance in found]
 
     @property
     def training_parts(self) -> list[str]:

@@ -72,6 +72,20 @@ def test_audio_that_changes_is_refused_by_who_would_mix_it(data: Path, tmp_path:
     small("demo", data, tmp_path).prepared.refuse_changed()
 
 
+def test_the_microphone_at_the_mouth_teaches_the_one_far_off(data: Path, tmp_path: Path) -> None:
+    """Two channels of the same recordings are two views of them, of the same frames."""
+    for file in data.rglob("*.flac"):
+        samples, rate = soundfile.read(file, dtype="float32")
+        soundfile.write(file, np.stack([samples, np.roll(samples, 80) * 0.1], 1), rate)
+    pipeline = small("ctc_frame_level", data, tmp_path, views=[{"student": "channel:1", "teacher": "channel:0"}])
+    near, far = (pipeline.prepared.store("train", f"channel:{number}") for number in (0, 1))
+    assert near.lengths.tolist() == far.lengths.tolist() and not np.allclose(near.frames, far.frames)
+    pipeline.fit_student(0)
+    wrong = small("ctc_frame_level", data, tmp_path / "wrong", views=[{"student": "channel:2"}])
+    with pytest.raises(UserError, match=r"\.flac: .*channel"):
+        wrong.fit_alone(0)
+
+
 def test_recordings_of_a_view_that_change_are_named(data: Path, tmp_path: Path) -> None:
     noises, rooms = tmp_path / "noises", tmp_path / "rooms"
     for folder in (noises, rooms):

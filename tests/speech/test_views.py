@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.speech.audio import read_audio
+from apps.speech.data.utterance import Corpus, Utterance
 from apps.speech.noise import active_power
-from apps.speech.views import Noise, Room, View, parse_view
+from apps.speech.view_steps import Noise, Room
+from apps.speech.views import View, parse_view
 from kdcore.config import UserError
 from tests.speech.spectra import band
 
@@ -43,6 +46,8 @@ def speech(seconds: float = 2.0, level: float = 0.5) -> np.ndarray:
         ("noise:-2.5:10.0:pink", "noise:-2.5:10:pink"),
         ("room:0.35 + codec:3400:mulaw", "room:0.35+codec:3400:mulaw"),
         ("clean+lowpass:4000", "lowpass:4000"),
+        ("channel:1", "channel:1"),
+        ("channel:0+speed:0.90", "channel:0+speed:0.9"),
     ],
 )
 def test_names_come_back(text: str, name: str) -> None:
@@ -66,6 +71,11 @@ def test_any_number_comes_back(factor: float, low: float, high: float, rt60: flo
         ("room:0.4+nois:0:10", "unknown name 'nois', did you mean noise"),
         ("room: 1e-1+nois:0:10", "unknown name 'nois', did you mean noise"),
         ("noise:0:10:pink+rom:1", "unknown name 'rom', did you mean room"),
+        ("speed:0.9+channel:0", "channel comes first, once"),
+        ("channel:0+channel:1", "channel comes first, once"),
+        ("channel:one", "got 'one', wanted the number of a channel, from 0"),
+        ("channel:1024", "got '1024', wanted the number of a channel"),
+        ("chanel:1", "unknown name 'chanel', did you mean channel"),
         ("speed:3", "factor: got '3', wanted a number from 0.5 to 2"),
         ("speed", "factor: got ''"),
         ("tempo:0.1", "factor: got '0.1', wanted a number from 0.5 to 2"),
@@ -253,6 +263,28 @@ def test_folders_of_noises_and_rooms(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "r" / "a.wav", np.zeros(100), 16000)
     with pytest.raises(UserError, match=r"a\.wav: is silent"):
         view.apply(impulse, "a", 0)
+
+
+def test_one_channel_of_a_recording_of_several(tmp_path: Path) -> None:
+    one, other = speech(1.0, 0.4), speech(1.0, 0.1)[::-1]
+    soundfile.write(tmp_path / "both.wav", np.stack([one, other], 1), 16_000, subtype="FLOAT")
+    utterance = Utterance("a", "both.wav", "yes", 1.0)
+    corpus = Corpus((utterance,), tmp_path)
+
+    def heard(view: str, row: Utterance = utterance) -> np.ndarray:
+        return parse_view(view).hear(corpus, row, 0)
+
+    np.testing.assert_array_equal(heard("channel:0"), one)
+    np.testing.assert_array_equal(heard("channel:1"), other)
+    np.testing.assert_allclose(heard("clean"), (one + other) / 2, atol=1e-7)
+    speed = parse_view("speed:1.1").apply(np.ascontiguousarray(other), "a", 0)
+    np.testing.assert_array_equal(heard("channel:1+speed:1.1"), speed)
+    with pytest.raises(UserError, match=r"both\.wav: .*channel"):
+        heard("channel:2")
+    with pytest.raises(UserError, match=r"both\.wav: a: got channel 1, the utterance says itself that it is 0"):
+        heard("channel:1", replace(utterance, extra={"channel": 0}))
+    with pytest.raises(UserError, match="is in a shard, which has one"):
+        heard("channel:0", replace(utterance, extra={"stored_as": "a.flac", "stored_at": 0, "stored_bytes": 5}))
 
 
 def test_wrong_samples() -> None:

@@ -137,15 +137,24 @@ class Corpus:
         """Return where the audio of an utterance is."""
         return self.folder / utterance.audio
 
-    def load(self, utterance: Utterance) -> np.ndarray:
+    def load(self, utterance: Utterance, channel: int | None = None) -> np.ndarray:
         """Return the samples float32 [n] of an utterance at 16 kHz; errors as ``read_audio``.
 
-        Without an offset it is the whole file, or its beginning where that is longer than ``duration``.
+        Without an offset it is the whole file, or its beginning where that is longer than ``duration``. ``channel`` is
+        one of a recording of several that are heard together otherwise.
+
+        Raises:
+            UserError: ``channel`` of an utterance that is one channel by itself.
         """
+        own = utterance.extra.get("channel")
+        if channel is not None and (isinstance(own, int) or STORED[1] in utterance.extra):
+            what = "is in a shard, which has one" if STORED[1] in utterance.extra else f"says itself that it is {own}"
+            raise UserError(f"{self.path(utterance)}: {utterance.id}: got channel {channel}, the utterance {what}")
         if STORED[1] in utterance.extra:
             return _stored(self.path(utterance), utterance)
-        channel = utterance.extra.get("channel")
-        number = channel if isinstance(channel, int) else "mix"
+        if channel is None and isinstance(own, int):
+            channel = own
+        number: int | str = "mix" if channel is None else channel
         offset = utterance.extra.get("offset")
         if offset is None and not self.begins(utterance):
             return read_audio(self.path(utterance), channel=number)

@@ -37,7 +37,8 @@ from apps.speech.models.pretrained import (
     token_groups,
     weight_files,
 )
-from apps.speech.views import Paced, parse_view
+from apps.speech.view_steps import Paced
+from apps.speech.views import parse_view
 from kdcore.config import UserError
 
 if TYPE_CHECKING:
