@@ -68,12 +68,13 @@ def quality(result: dict[str, Any]) -> str:
 
 def train(result: dict[str, Any]) -> str:
     """Return the sentence on what a taught step costs."""
-    ratio, target, symbols = result["ratio"], result["targets"], result["symbols"]
+    ratio, target, symbols = result["ratio"], result["targets"], result.get("symbols")
+    lists = f" A hypothesis has {symbols['hypotheses']:.0f} symbols, a text {symbols['texts']:.0f}." if symbols else ""
     return (
         f"On cached teachers a step costs {ratio['frame']:.2f} times a plain CTC step at the frame level (wanted "
         f"at most {target['frame']}) and {ratio['sequence of 4']:.2f} times at the sequence level with 4 hypotheses "
-        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. A hypothesis "
-        f"has {symbols['hypotheses']:.0f} symbols, a text {symbols['texts']:.0f}. {_command(result)}"
+        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding.{lists} "
+        f"{_command(result)}"
     )
 
 

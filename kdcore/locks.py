@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# what a copy of a folder leaves behind
+LOCKS = shutil.ignore_patterns(".*.lock")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Several processes as torchrun starts them: which one this is, and how they wait for each other.
 
 All processes must see the same files. The first one writes them; the others wait and read. Without torchrun there is
-one process, every function here is free, and torch is not even imported.
+one process, nothing here but ``one_command_makes`` does anything, and torch is not even imported.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from kdcore.config import UserError, build, differences, dump_yaml, read_yaml, resolved
-from kdcore.locks import beside, locked
+from kdcore.locks import LOCKS, beside, locked
 
 ROLES = ("teacher", "student_alone", "student", "assistant", "baseline")
 
@@ -321,7 +321,7 @@ def deploy_model(source: Path, target: Path) -> None:
             return
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
+        shutil.copytree(source, temporary, ignore=LOCKS)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
 

@@ -66,8 +66,10 @@ def fit_model(
     if config.kind not in KINDS:
         raise UserError(f"model kind: got {config.kind!r}, {nearest(config.kind, KINDS)}")
     started = time.perf_counter(), time.process_time()
-    if config.kind in (*SOLVED, "ensemble"):
-        model = _solve(config, split, evaluator, seed, folder, key, context, dataset)
+    if isinstance(config, TeacherConfig) and config.kind == "ensemble":
+        return _ensemble(config, split, evaluator, seed, folder, key, context, dataset)
+    if config.kind in SOLVED:
+        model = _solve(config, split, seed)
         return Fitted(model.eval(), time.perf_counter() - started[0], time.process_time() - started[1])
     model = student if student is not None else new_model(config, split, seed, dataset)
     step = teaching_step(config, model, split, evaluator, knowledge)
@@ -118,8 +120,8 @@ def teaching_step(
     return InteractionStep(model, split.train, evaluator, config.optimization, knowledge, config.trainer.max_epochs)
 
 
-def _solve(
-    config: ModelConfig,
+def _ensemble(
+    config: TeacherConfig,
     split: Split,
     evaluator: Evaluator,
     seed: int,
@@ -127,17 +129,21 @@ def _solve(
     key: str,
     context: Mapping[str, Any] | None,
     dataset: Dataset | None,
-) -> Recommender:
-    if isinstance(config, TeacherConfig) and config.kind == "ensemble":
-        members = []
-        for index, member in enumerate(config.members):
-            own = folder / f"member-{index}" if folder is not None else None
-            named = {**(context or {}), "model": member.kind}
-            fitted = fit_model(
-                member, split, evaluator, seed=seed, folder=own, key=f"{key}/{index}", context=named, dataset=dataset
-            )
-            members.append(fitted.model)
-        return Ensemble(members, config.weights)
+) -> Fitted:
+    """Fit the members; what they took is what the ensemble took."""
+    members: list[Fitted] = []
+    for index, member in enumerate(config.members):
+        own = folder / f"member-{index}" if folder is not None else None
+        named = {**(context or {}), "model": member.kind}
+        given: dict[str, Any] = {"folder": own, "key": f"{key}/{index}", "context": named, "dataset": dataset}
+        members.append(fit_model(member, split, evaluator, seed=seed, **given))
+    seconds, cpu_seconds = (
+        sum(each) for each in zip(*((one.seconds, one.cpu_seconds) for one in members), strict=True)
+    )
+    return Fitted(Ensemble([each.model for each in members], config.weights).eval(), seconds, cpu_seconds)
+
+
+def _solve(config: ModelConfig, split: Split, seed: int) -> Recommender:
     options = model_options(config.kind, config.options)
     if config.kind == "ease":
         return Ease.fit(split.train, options)

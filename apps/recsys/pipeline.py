@@ -96,17 +96,14 @@ class Pipeline:
 
     def _prepared(self) -> Dataset:
         folder = self.run.path / "data"
-        if (folder / "dataset.json").exists():
+        if not (folder / "dataset.json").exists():
+            with processes.one_command_makes(folder, self.announce):
+                # another one may have made it, with other settings too
+                if not (folder / "dataset.json").exists():
+                    self._write(folder)
+        if self._dataset is None:
             self.run.refuse_other(resolved(self.config), RecsysConfig)
             self._dataset = load_dataset(folder)
-        else:
-            self._dataset = self._read()
-            for seed in self.config.seeds:
-                self.split(seed)
-            if self.config.student.kind == "two_tower":  # what it cannot read is refused before a teacher is fitted
-                fitting.new_model(self.config.student, self.split(self.config.seeds[0]), 0, self._dataset)
-            self.run.write_config(resolved(self.config))
-            write_canonical(self._dataset, folder)
         if not (self.run.path / "provenance.json").exists():
             about = provenance(
                 seeds=self.config.seeds,
@@ -115,6 +112,15 @@ class Pipeline:
             )
             write_json(self.run.path / "provenance.json", about)
         return self._dataset
+
+    def _write(self, folder: Path) -> None:
+        self._dataset = self._read()
+        for seed in self.config.seeds:
+            self.split(seed)
+        if self.config.student.kind == "two_tower":  # what it cannot read is refused before a teacher is fitted
+            fitting.new_model(self.config.student, self.split(self.config.seeds[0]), 0, self._dataset)
+        self.run.write_config(resolved(self.config))
+        write_canonical(self._dataset, folder)
 
     def _read(self) -> Dataset:
         data, split = self.config.data, self.config.split
@@ -301,7 +307,7 @@ class Pipeline:
 
     def evaluate(self) -> list[dict[str, Any]]:
         """Measure every model of every seed on validation and test; write metrics, slices and per-user values."""
-        with processes.first_process_first():
+        with processes.first_process_first(), processes.one_command_makes(self.run.metrics, self.announce):
             return self._evaluated() if processes.is_first_process() else self.run.read_metrics()
 
     def _evaluated(self) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from apps.speech.decode.greedy import greedy
 from apps.speech.evaluate import compare
 from apps.speech.pipeline import Pipeline
 from kdcore.config import UserError
+from kdcore.locks import LOCKS
 
 # those that are compared where none is named: sequences beside frames, some five hours of one core
 COMPARED = ("ctc_sequence_level", "ctc_frame_level")
@@ -109,5 +110,5 @@ def share(source: Path, target: Path, seeds: Sequence[int]) -> None:
         if (source / name).exists() and not (target / name).exists():
             partial = (target / name).with_name(f".{Path(name).name}.tmp")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source / name, partial, copy_function=os.link)
+            shutil.copytree(source / name, partial, copy_function=os.link, ignore=LOCKS)
             os.replace(partial, target / name)

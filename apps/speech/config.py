@@ -227,10 +227,20 @@ class SpeechConfig:
         return list(dict.fromkeys(pair.teacher for pair in self.views))
 
     def tested_view(self, role: str) -> str:
-        """Return what a model is validated and tested in: a teacher in clean speech where it never hears the noise."""
-        if role == "teacher" and self.test_view not in {pair.teacher for pair in self.views}:
-            return "clean"
-        return self.test_view
+        """Return what a model is validated and tested in: a teacher in clean speech where it never hears the noise.
+
+        That is of the channel that it hears.
+        """
+        if role != "teacher" or self.test_view in {pair.teacher for pair in self.views}:
+            return self.test_view
+        first = self.views[0].teacher.partition("+")[0].strip()
+        return first if first.startswith("channel:") else "clean"
+
+    def part_views(self, part: str) -> list[str]:
+        """Return the views in which a part is heard by anyone."""
+        if part in ("valid", "test"):
+            return list(dict.fromkeys([self.test_view, self.tested_view("teacher")]))
+        return list(dict.fromkeys(view for pair in self.views for view in (pair.student, pair.teacher)))
 
 
 def alone_config(config: SpeechConfig) -> ModelConfig:

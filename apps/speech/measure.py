@@ -35,7 +35,7 @@ COMPARED = (("wer", "wer"), ("cer", "wer"), ("wer_lm", "wer_lm"))
 
 
 # raised when the same models and data give other figures
-VERSION = 1
+VERSION = 2
 
 
 def evaluate(pipeline: Pipeline, *, memory: bool = False) -> list[dict[str, Any]]:

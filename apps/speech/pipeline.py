@@ -342,7 +342,7 @@ class Pipeline:
         processes.barrier()
 
     def _data(self, role: str, views: Sequence[str], labelled: bool, without: Without | None) -> Utterances:
-        """Return what the model of a cell is trained on, as ``_fit`` says; UserError if that is nothing."""
+        """Return what the model of a cell is trained on, as ``_make`` says; UserError if that is nothing."""
         data = self.prepared.training(views)
         if labelled or role == "teacher":
             data = data.with_texts(as_long=labelled)

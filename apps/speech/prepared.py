@@ -96,7 +96,7 @@ class Prepared:
                 continue
             read = (self.folder / "data" / "data.json").stat().st_mtime
             paths = (corpus.path(each) for each in corpus.utterances)
-            changed = next((path for path in paths if path.stat().st_mtime > read), None)
+            changed = next((path for path in paths if not path.exists() or path.stat().st_mtime > read), None)
             raise UserError(
                 f"{changed or corpus.folder}: {part}: audio has changed since {self.folder} read it; "
                 "wanted it as it was, or another --out for a run of its own"
@@ -231,6 +231,11 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
             short += problems
             if not corpus.utterances:
                 raise UserError(f"train: no utterance is left to train on (first problem: {short[0]})")
+        # before anything is written down, and trained
+        for view in config.part_views(part):
+            if (channel := parse_view(view).channel) is not None:
+                for each in corpus.utterances:
+                    corpus.refuse_channel(each, channel)
         if config.teacher.pretrained:
             seconds = longest_heard(config.taught_views(part))
             corpus = no_longer(part, corpus, seconds, skip_bad=config.data.skip_bad and part in TRAINING)

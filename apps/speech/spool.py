@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,19 @@ class Spool:
     def put(self, row: int, values: np.ndarray) -> None:
         """Write the array of an utterance; OSError if there is no room."""
         data = np.ascontiguousarray(values, np.float32)
-        try:
-            self._file.write(data.tobytes())
-        except OSError as error:
-            raise OSError(error.errno, f"no room for what a model says ({error.strerror})", str(self._folder)) from None
+        self._written(lambda: self._file.write(data.tobytes()))
         self._places[row] = self._end, data.shape
         self._end += data.size
 
+    def _written(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise OSError(error.errno, f"no room for what a model says ({error.strerror})", str(self._folder)) from None
+
     def arrays(self) -> list[np.ndarray]:
         """Return the arrays of all utterances, read from disk when they are looked at; ValueError if one is missing."""
-        self._file.flush()
+        self._written(self._file.flush)
         whole = np.empty(0, np.float32)
         if self._end:
             # changes stay in memory; torch warns of arrays that allow none

@@ -189,6 +189,21 @@ def test_two_commands_fit_a_model_once(finished, log, tmp_path, fits):
     assert said[-1] == f"{tmp_path / 'run' / place}: another command is making it; waiting" and fits == []
 
 
+def test_two_commands_do_not_mix_their_settings(log, tmp_path):
+    first, second = (Pipeline(configure(log, seeds=[seed]), tmp_path / "run") for seed in (0, 1))
+    with ExitStack() as held:
+        held.enter_context(locked(beside(tmp_path / "run" / "data")))
+
+        def announce(text: str) -> None:
+            held.close()
+            first.prepare()
+
+        second.announce = announce
+        with pytest.raises(UserError, match=r"holds a run with other settings \(seeds\)"):
+            second.prepare()
+    assert Pipeline.reopen(tmp_path / "run").config.seeds == [0]
+
+
 def test_the_canonical_copy_gives_the_same_split_as_the_source(finished, log, tmp_path):
     fresh = Pipeline(configure(log), tmp_path / "run")
     for seed in (0, 1):

@@ -81,9 +81,15 @@ def test_the_microphone_at_the_mouth_teaches_the_one_far_off(data: Path, tmp_pat
     near, far = (pipeline.prepared.store("train", f"channel:{number}") for number in (0, 1))
     assert near.lengths.tolist() == far.lengths.tolist() and not np.allclose(near.frames, far.frames)
     pipeline.fit_student(0)
-    wrong = small("ctc_frame_level", data, tmp_path / "wrong", views=[{"student": "channel:2"}])
-    with pytest.raises(UserError, match=r"\.flac: .*channel"):
-        wrong.fit_alone(0)
+    # the teacher is chosen and tested in its own channel
+    assert pipeline.config.tested_view("teacher") == "channel:0" and pipeline.config.tested_view("student") == "clean"
+    settings = {"views": [{"student": "channel:1", "teacher": "channel:0+speed:0.9"}], "test_view": "channel:1"}
+    file = pipeline.prepared.corpora["test"].path(pipeline.prepared.corpora["test"].utterances[-1])
+    soundfile.write(file, soundfile.read(file, dtype="float32")[0][:, 0], 16_000)
+    wrong = small("ctc_frame_level", data, tmp_path / "wrong", **{**settings, "views": [{"student": "channel:1"}]})
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: .* wanted channel 1, it has 1, counted from 0"):
+        _ = wrong.prepared
+    assert not (tmp_path / "wrong" / "run" / "config.yaml").exists()
 
 
 def test_recordings_of_a_view_that_change_are_named(data: Path, tmp_path: Path) -> None:

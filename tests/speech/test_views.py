@@ -279,9 +279,9 @@ def test_one_channel_of_a_recording_of_several(tmp_path: Path) -> None:
     np.testing.assert_allclose(heard("clean"), (one + other) / 2, atol=1e-7)
     speed = parse_view("speed:1.1").apply(np.ascontiguousarray(other), "a", 0)
     np.testing.assert_array_equal(heard("channel:1+speed:1.1"), speed)
-    with pytest.raises(UserError, match=r"both\.wav: .*channel"):
+    with pytest.raises(UserError, match=r"both\.wav: utterance a: wanted channel 2, it has 2, counted from 0"):
         heard("channel:2")
-    with pytest.raises(UserError, match=r"both\.wav: a: got channel 1, the utterance says itself that it is 0"):
+    with pytest.raises(UserError, match=r"both\.wav: utterance a: wanted channel 1, it says itself that it is 0"):
         heard("channel:1", replace(utterance, extra={"channel": 0}))
     with pytest.raises(UserError, match="is in a shard, which has one"):
         heard("channel:0", replace(utterance, extra={"stored_as": "a.flac", "stored_at": 0, "stored_bytes": 5}))

@@ -97,7 +97,7 @@ def find_data(name: str, option: str = "--data") -> Path:
 
 
 def absolute_name(text: str) -> str:
-    """Return how a corpus is named from any folder: by its whole path, unless it is one of the data folder.
+    """Return how a corpus is named from any folder: by its whole path, unless it is one of ``KD_DATA``.
 
     What is selected of it stays; what is not there stays as it is.
     """

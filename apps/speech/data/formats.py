@@ -25,9 +25,9 @@ _OTHER_AUDIO = (".m4a", ".aac", ".webm", ".wma", ".amr", ".mp4", ".mka", ".3gp")
 _MANIFESTS = (".jsonl", ".json", ".ndjson")
 # lines of the text beside a recording
 _MOST_LINES = 1000
-# the splits of Common Voice that do not overlap
 # what lies beside shards, those that are whole and others (``apps.speech.data.shards``)
 _SHARDS = ("shards.json", "shards.incomplete")
+# the splits of Common Voice that do not overlap
 _COMMON_VOICE = ("train.tsv", "dev.tsv", "test.tsv")
 # characters of a field of a table: more is a sign that ends of lines are missing
 _LONGEST_FIELD = 1 << 17

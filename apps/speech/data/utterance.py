@@ -144,12 +144,11 @@ class Corpus:
         one of a recording of several that are heard together otherwise.
 
         Raises:
-            UserError: ``channel`` of an utterance that is one channel by itself.
+            UserError: as ``refuse_channel``.
         """
+        if channel is not None:
+            self.refuse_channel(utterance, channel)
         own = utterance.extra.get("channel")
-        if channel is not None and (isinstance(own, int) or STORED[1] in utterance.extra):
-            what = "is in a shard, which has one" if STORED[1] in utterance.extra else f"says itself that it is {own}"
-            raise UserError(f"{self.path(utterance)}: {utterance.id}: got channel {channel}, the utterance {what}")
         if STORED[1] in utterance.extra:
             return _stored(self.path(utterance), utterance)
         if channel is None and isinstance(own, int):
@@ -159,6 +158,19 @@ class Corpus:
         if offset is None and not self.begins(utterance):
             return read_audio(self.path(utterance), channel=number)
         return read_audio(self.path(utterance), channel=number, start=offset or 0.0, seconds=utterance.duration)
+
+    def refuse_channel(self, utterance: Utterance, channel: int) -> None:
+        """Raise UserError if an utterance is no recording of several channels, this one among them."""
+        own, path = utterance.extra.get("channel"), self.path(utterance)
+        if STORED[1] in utterance.extra:
+            what = "is in a shard, which has one"
+        elif isinstance(own, int):
+            what = f"says itself that it is {own}"
+        elif (count := audio_info(path).channels) <= channel:
+            what = f"has {count}, counted from 0"
+        else:
+            return
+        raise UserError(f"{path}: utterance {utterance.id}: wanted channel {channel}, it {what}")
 
     def begins(self, utterance: Utterance) -> bool:
         """Return whether an utterance is the beginning of a longer file, by its duration alone; errors as ``load``."""
