@@ -184,7 +184,6 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "losses": losses,
     "recsys_evaluate": evaluate,
     "recsys_serve": serve,
-    "speech_gain": readme_speech.quality,
     "speech_quality": readme_speech.quality,
     "speech_noise": readme_speech.noise,
     "speech_digits": readme_speech.digits,
