@@ -7,29 +7,7 @@ from typing import Any
 
 def quality(result: dict[str, Any]) -> str:
     """Return the table of recipes on AN4: error rates of the models, and the student's difference to itself alone."""
-    lines = [
-        "| recipe | model | parameters | WER %, best path | with language model | training, CPU min |",
-        "|---|---|---|---|---|---|",
-    ]
-    printed = set[str]()
-    for recipe, run in result["runs"].items():
-        for role, model in run["models"].items():
-            minutes = sum(model["train_cpu_seconds"]) / len(model["train_cpu_seconds"]) / 60
-            shown = role.replace("_", " ")
-            # recipes may share their teacher and their students alone
-            if (name := f"{role if role != 'student' else recipe} {model['train_cpu_seconds']}") in printed:
-                continue
-            printed.add(name)
-            cells = [
-                f"`{recipe}`" if role == "student" else "",
-                f"**{shown}**" if role == "student" else shown,
-                f"{model['parameters']:,}",
-                _percent(model["metrics"]["wer"]),
-                _percent(model["metrics"]["wer_lm"]) if "wer_lm" in model["metrics"] else "-",
-                f"{minutes:.0f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
+    lines = _recipes(result["runs"])
     for recipe, run in result["runs"].items():
         said, shown = [], False
         for metric, how in (("wer", "best path"), ("wer_lm", "with language model")):
@@ -71,15 +49,41 @@ def quality(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{result['data']}; intervals 95 % over utterances and seeds. {_command(result)}"])
 
 
+def _recipes(runs: dict[str, Any]) -> list[str]:
+    """Return the rows of the models of some recipes, and an empty line."""
+    lines = [
+        "| recipe | model | parameters | WER %, best path | with language model | training, CPU min |",
+        "|---|---|---|---|---|---|",
+    ]
+    printed = set[str]()
+    for recipe, run in runs.items():
+        for role, model in run["models"].items():
+            minutes = sum(model["train_cpu_seconds"]) / len(model["train_cpu_seconds"]) / 60
+            shown = role.replace("_", " ")
+            # recipes may share their teacher and their students alone
+            if (name := f"{role if role != 'student' else recipe} {model['train_cpu_seconds']}") in printed:
+                continue
+            printed.add(name)
+            cells = [
+                f"`{recipe}`" if role == "student" else "",
+                f"**{shown}**" if role == "student" else shown,
+                f"{model['parameters']:,}",
+                _percent(model["metrics"]["wer"]),
+                _percent(model["metrics"]["wer_lm"]) if "wer_lm" in model["metrics"] else "-",
+                f"{minutes:.0f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def train(result: dict[str, Any]) -> str:
     """Return the sentence on what a taught step costs."""
-    ratio, target, symbols = result["ratio"], result["targets"], result.get("symbols")
-    lists = f" A hypothesis has {symbols['hypotheses']:.0f} symbols, a text {symbols['texts']:.0f}." if symbols else ""
+    ratio, target, symbols = result["ratio"], result["targets"], result["symbols"]
     return (
         f"On cached teachers a step costs {ratio['frame']:.2f} times a plain CTC step at the frame level (wanted "
         f"at most {target['frame']}) and {ratio['sequence of 4']:.2f} times at the sequence level with 4 hypotheses "
-        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding.{lists} "
-        f"{_command(result)}"
+        f"(at most {target['sequence of 4']}); batches are {result['padding_share']:.1%} padding. A hypothesis "
+        f"has {symbols['hypotheses']:.0f} symbols, a text {symbols['texts']:.0f}. {_command(result)}"
     )
 
 

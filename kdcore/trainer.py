@@ -153,11 +153,11 @@ class _Training:
         self.began = time.perf_counter(), time.process_time()
         self.before = self.progress.result.seconds, self.progress.result.cpu_seconds
 
-    def read_clock(self) -> None:
-        """Note the seconds so far, of CPUs those of all processes, which must all call this."""
-        result = self.progress.result
+    def read_clock(self, *, together: bool) -> None:
+        """Note the seconds so far; those of CPUs are of all processes that train ``together`` and all call this."""
+        result, own = self.progress.result, time.process_time() - self.began[1]
         result.seconds = self.before[0] + time.perf_counter() - self.began[0]
-        result.cpu_seconds = self.before[1] + processes.total(time.process_time() - self.began[1])
+        result.cpu_seconds = self.before[1] + (processes.total(own) if together else own)
 
 
 class Trainer:
@@ -379,7 +379,7 @@ class Trainer:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
 
     def _save(self, training: _Training) -> None:
-        training.read_clock()
+        training.read_clock(together=self.fabric.world_size > 1)
         if self.checkpoints is None:
             return
         random_state = random_states(self.fabric)

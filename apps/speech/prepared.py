@@ -45,7 +45,7 @@ class Prepared:
     sources: Sequence[Mapping[str, Any]] = ()
     # what is wrong with utterances that are kept, by part and kind: how often, and the first of them
     remarks: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    # fingerprints of the parts when they were read
+    # ``Corpus.audio_sizes`` of the parts when they were read
     then: Mapping[str, str] = field(default_factory=dict)
     announce: Announce = lambda text: None
 
@@ -92,7 +92,7 @@ class Prepared:
         Models of before and after would be compared as if they had heard the same.
         """
         for part, corpus in self.corpora.items():
-            if self.then.get(part, corpus.fingerprint) == corpus.fingerprint:
+            if self.then.get(part, corpus.audio_sizes) == corpus.audio_sizes:
                 continue
             read = (self.folder / "data" / "data.json").stat().st_mtime
             paths = (corpus.path(each) for each in corpus.utterances)
@@ -203,7 +203,7 @@ def prepare(
             f"{path}: has changed since {folder} was made; features made with it stay, another --out makes new ones"
         )
     corpora = {part: read_corpus(folder / "data" / f"{part}.jsonl") for part in about["parts"]}
-    units, more = Units.load(folder / "data"), (about.get("remarks", {}), about.get("fingerprints", {}))
+    units, more = Units.load(folder / "data"), (about.get("remarks", {}), about.get("audio_sizes", {}))
     return Prepared(folder, corpora, units, about["left_out"], about["corpora"], *more, announce)
 
 
@@ -252,7 +252,7 @@ def _write(config: SpeechConfig, folder: Path, parts: Parts) -> None:
     about["read"] = {os.path.abspath(source.path): state(source.path) for source in parts.sources}
     folders = [folder for view in config.heard_views for folder in parse_view(view).folders]
     # as the run reads them from now on
-    about["fingerprints"] = {part: read_corpus(folder / f"{part}.jsonl").fingerprint for part in corpora}
+    about["audio_sizes"] = {part: read_corpus(folder / f"{part}.jsonl").audio_sizes for part in corpora}
     about["heard"] = {os.path.abspath(folder): state(folder) for folder in folders}
     # last: its presence says that the data is whole
     write_json(folder / "data.json", {**about, "remarks": parts.remarks, "simulated": parts.simulated})

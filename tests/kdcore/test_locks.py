@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from kdcore.locks import beside, locked
 
@@ -48,6 +51,33 @@ def test_a_dead_holder_holds_nothing(tmp_path: Path) -> None:
             assert said == ["waited"]
     with locked(file, lambda: said.append("again")):
         assert said == ["waited"]
+
+
+def test_what_fails_leaves_no_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    for made, left in (("new/deep/.data.lock", []), ("there/.data.lock", ["there", "there/.data.lock"])):
+        if left:
+            (tmp_path / "there").mkdir()
+        with pytest.raises(RuntimeError), locked(tmp_path / made):
+            raise RuntimeError("broke")
+        assert sorted(str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")) == left
+    with pytest.raises(RuntimeError), locked(tmp_path / "kept" / ".data.lock"):
+        (tmp_path / "kept" / "work").touch()
+        raise RuntimeError("broke")
+    assert (tmp_path / "kept" / "work").exists()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "lock"
+    with ExitStack() as first:
+        first.enter_context(locked(file))
+
+        def waiting() -> None:
+            file.unlink()
+            file.parent.rmdir()
+            first.close()
+
+        with locked(file, waiting), open(file) as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_an_error_in_the_block_frees_it(tmp_path: Path) -> None:

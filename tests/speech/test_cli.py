@@ -87,7 +87,7 @@ def test_a_run_of_the_commands_from_recordings_to_report(
 
     monkeypatch.setattr("data_scripts.simulate_speech.simulate", simulated)
     # processes of their own, which test_measure starts
-    monkeypatch.setattr("apps.speech.measurement.model_memory", lambda folder, longest: 1 << 20)
+    monkeypatch.setattr("apps.speech.measurement.model_memory", lambda who, features, samples: 1 << 20)
     tiny = []
     for role, kind in (("teacher", "bilstm"), ("student", "conv_rnn")):
         tiny += [f"--{role}.options", json.dumps(SIZES[kind]), f"--{role}.trainer.max_epochs", "1"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.speech.features import SAMPLE_RATE
-from apps.speech.lessons import Cuts, NBest, TeacherLessons
+from apps.speech.lessons import Cuts, NBest, Segmented, TeacherLessons
 from apps.speech.models.base import FRAME_MS
 from apps.speech.models.ensemble import Member
 from apps.speech.models.huggingface import HuggingFaceCtc, paired
@@ -53,16 +53,23 @@ def prepared(said: list[str]) -> Any:
 
 
 def made(
-    folder: Path, teacher: Teacher, *, n_best: NBest | None = None, cuts: Cuts | None = None
+    folder: Path, teacher: Teacher, *, n_best: NBest | None = None, segmented: Segmented | None = None
 ) -> tuple[TeacherLessons, list[str]]:
     said: list[str] = []
-    options: dict[str, Any] = {"posteriors": True, "attention": False, "layers": [], "n_best": n_best, "cuts": cuts}
+    options: dict[str, Any] = {
+        "posteriors": True,
+        "attention": False,
+        "layers": [],
+        "n_best": n_best,
+        "segmented": segmented,
+    }
     return teacher_lessons([(teacher, "clean")], prepared(said), folder, **options), said
 
 
 def texts(values: dict[str, Tensor]) -> list[str]:
     """Return the first hypothesis of each segment of the first utterance."""
-    symbols, lengths = values["hypotheses"][0], values["hypothesis_lengths"][0]
+    of = "segment." if "segments" in values else ""
+    symbols, lengths = values[f"{of}hypotheses"][0], values[f"{of}hypothesis_lengths"][0]
     if symbols.ndim == 2:
         symbols, lengths = symbols[None], lengths[None]
     return [
@@ -82,7 +89,7 @@ def test_double_letters_are_in_the_lists_of_a_hugging_face_teacher(tmp_path: Pat
     lessons, said = made(tmp_path, who, n_best=NBest(2, 16))
     values = lessons.of(rows, views, 11)
     assert texts(values) == ["helloal"]  # "all" has no blank between its l
-    lessons, _ = made(tmp_path, who, n_best=NBest(2, 16), cuts=Cuts(least=3, threshold=0.9))
+    lessons, _ = made(tmp_path, who, segmented=Segmented(NBest(2, 16), Cuts(least=3, threshold=0.9)))
     assert texts(lessons.of(rows, views, 11))[:2] == ["hello", "al"]
     assert {len(values["teacher"][0]), int(lessons.of(rows, views, 11)["segments"].max())} == {11}
     frames = paired(Listener().batch_log_probs([np.zeros(1)], 20)[0])

@@ -133,6 +133,11 @@ class Corpus:
         sizes = {each.audio: _size(self.path(each)) for each in self.utterances}
         return fingerprint(*(each.row() | {"bytes": sizes[each.audio]} for each in self.utterances))
 
+    @cached_property
+    def audio_sizes(self) -> str:
+        """16 hex digits that change with the size of any audio file, not with the texts."""
+        return fingerprint({each.audio: _size(self.path(each)) for each in self.utterances})
+
     def path(self, utterance: Utterance) -> Path:
         """Return where the audio of an utterance is."""
         return self.folder / utterance.audio
