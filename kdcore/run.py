@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcore import processes
 from kdcore.config import UserError, build, differences, dump_yaml, read_yaml, resolved
 from kdcore.locks import LOCKS, beside, locked
 
@@ -311,6 +312,18 @@ def belongs(folder: Path, key: str) -> bool:
     """Return whether a folder holds a whole model of this key."""
     file = folder / "model.json"
     return file.exists() and read_json(file, dict).get("key") == key
+
+
+def make_once(folder: Path, key: str, make: Callable[[], None], announce: Callable[[str], None]) -> None:
+    """Call ``make``, which puts the model of a key into a folder, unless it is there; all processes must call this.
+
+    Another command that makes it is waited for, and its model taken.
+    """
+    if processes.agree(belongs(folder, key)):
+        return
+    with processes.one_command_makes(folder, announce):
+        if not processes.agree(belongs(folder, key)):
+            make()
 
 
 def deploy_model(source: Path, target: Path) -> None:

@@ -41,6 +41,7 @@ from kdcore.run import (
     deploy_model,
     fingerprint,
     gather_logs,
+    make_once,
     metric_row,
     provenance,
     read_json,
@@ -266,11 +267,7 @@ class Pipeline:
 
     def _keep(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted], *, alone: bool) -> Recommender:
         """Return the model stored under ``key``, or fit and store it; ``alone`` if one process is enough to fit it."""
-        if not processes.agree(belongs(folder, key)):
-            with processes.one_command_makes(folder, self.announce):
-                # another one may have made it
-                if not processes.agree(belongs(folder, key)):
-                    self._make(folder, key, fit, alone)
+        make_once(folder, key, lambda: self._make(folder, key, fit, alone), self.announce)
         return load_model(folder)
 
     def _make(self, folder: Path, key: str, fit: Callable[[], fitting.Fitted], alone: bool) -> None:

@@ -33,7 +33,17 @@ from apps.speech.teachers import CrossFitted, Teacher, teacher_lessons
 from kdcore import processes
 from kdcore.config import UserError, build, read_yaml, resolved
 from kdcore.folders import refuse_unwritable
-from kdcore.run import RunDirectory, belongs, deploy_model, fingerprint, gather_logs, provenance, read_json, write_json
+from kdcore.run import (
+    RunDirectory,
+    belongs,
+    deploy_model,
+    fingerprint,
+    gather_logs,
+    make_once,
+    provenance,
+    read_json,
+    write_json,
+)
 from kdcore.teaching import Term
 from kdcore.trainer import make_fabric
 
@@ -277,12 +287,7 @@ class Pipeline:
         **more: Any,
     ) -> None:
         """Fit and store the model of a cell, as ``_make``, if it is not there."""
-        if processes.agree(belongs(folder, key)):
-            return
-        with processes.one_command_makes(folder, self.announce):
-            # another one may have made it
-            if not processes.agree(belongs(folder, key)):
-                self._make(role, seed, key, config, folder, views, **more)
+        make_once(folder, key, lambda: self._make(role, seed, key, config, folder, views, **more), self.announce)
 
     def _make(
         self,
